@@ -1,0 +1,1 @@
+"""The control plane and the scoring process of a device."""

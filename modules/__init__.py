@@ -1,0 +1,1 @@
+"""Model images: the `model.json` contract, building, pushing, pulling and storing them."""

@@ -1,0 +1,1 @@
+"""Wire contracts: the Open Inference Protocol and gatelet's control API between its processes."""

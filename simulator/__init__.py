@@ -1,0 +1,1 @@
+"""Everything around a device, without hardware or cloud: hub, broker, registry, boards."""
