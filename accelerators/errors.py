@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BackendError(Exception):
-    """Base of every error a backend raises; the message says what happened, where, and what to do."""
+    """Base of every error a backend raises; the message says what, where, and what to do."""
 
 
 class LoadError(BackendError):

@@ -1,1 +1,1 @@
-"""."""
+"""The scoring process: data plane, transports, control service."""

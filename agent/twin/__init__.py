@@ -1,1 +1,1 @@
-"""."""
+"""Transports that bring deployments and carry reports."""

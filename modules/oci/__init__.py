@@ -1,0 +1,1 @@
+"""OCI images and registries: references, building, pushing, pulling, the content store."""

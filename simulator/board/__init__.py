@@ -1,0 +1,1 @@
+"""Simulated FPGA boards as pynq devices."""

@@ -1,0 +1,1 @@
+"""An Azure IoT Hub stand-in for the unmodified device SDK."""

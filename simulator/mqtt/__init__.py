@@ -1,0 +1,1 @@
+"""MQTT without I/O (packets, codec, sessions) and the broker on it."""
