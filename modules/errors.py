@@ -44,12 +44,22 @@ class InvalidImage(ImageError):
     """The image, one of its layers or its model.json breaks a rule; a new image is needed."""
 
 
+class InvalidModel(InvalidImage):
+    """model.json or its sample breaks a rule; the message has the JSON path."""
+
+
 class NotAModelImage(InvalidImage):
     """The image carries no model (label `io.gatelet.model` is missing)."""
 
 
 class NoSuitableVariant(InvalidImage):
     """No variant of the model can run on this device."""
+
+
+class PullCancelled(ImageError):
+    """The caller stopped a pull; what was downloaded stays and a later pull continues from it."""
+
+    retryable = True
 
 
 class StorageFull(ImageError):
