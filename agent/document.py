@@ -1,4 +1,4 @@
-"""Strict reading of JSON that came from outside: every complaint names a path and what was found."""
+"""Strict reading of JSON from outside: every complaint names a path and what was found there."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Runtime(msgspec.Struct, frozen=True):
     logging_options: str = ""
 
 
-class ModuleSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+class ModuleSpec(msgspec.Struct, frozen=True):
     """One module as desired, every default filled in.
 
     `image` always carries a tag or a digest. `env` is sorted by name. `create_options` is a JSON
@@ -64,4 +64,10 @@ def fingerprint(spec: ModuleSpec) -> str:
     Fields at their default are left out of what is hashed, so that a later release can add a
     field without every module on a device looking changed.
     """
-    return hashlib.sha256(msgspec.json.encode(spec)).hexdigest()
+    # Not msgspec's omit_defaults: that compares by identity, so equal strings may hash unequal.
+    changed = [
+        (field.name, value)
+        for field in msgspec.structs.fields(spec)
+        if (value := getattr(spec, field.name)) != field.default
+    ]
+    return hashlib.sha256(msgspec.json.encode(changed)).hexdigest()
