@@ -1,0 +1,178 @@
+# mypy: disable-error-code="type-arg"
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ScoringOptions(_message.Message):
+    __slots__ = ("backends", "max_batch", "max_delay_us", "timeout_ms", "threads")
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_DELAY_US_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    max_batch: int
+    max_delay_us: int
+    timeout_ms: int
+    threads: int
+    def __init__(self, backends: _Optional[_Iterable[str]] = ..., max_batch: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+
+class LoadRequest(_message.Message):
+    __slots__ = ("instance", "directory", "options")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    directory: str
+    options: ScoringOptions
+    def __init__(self, instance: _Optional[str] = ..., directory: _Optional[str] = ..., options: _Optional[_Union[ScoringOptions, _Mapping]] = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: InstanceStatus
+    def __init__(self, status: _Optional[_Union[InstanceStatus, _Mapping]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("instance",)
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    def __init__(self, instance: _Optional[str] = ...) -> None: ...
+
+class ProbeResponse(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: InstanceStatus
+    def __init__(self, status: _Optional[_Union[InstanceStatus, _Mapping]] = ...) -> None: ...
+
+class RouteTarget(_message.Message):
+    __slots__ = ("instance", "percent", "default")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    percent: int
+    default: bool
+    def __init__(self, instance: _Optional[str] = ..., percent: _Optional[int] = ..., default: bool = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("endpoint", "targets")
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    endpoint: str
+    targets: _containers.RepeatedCompositeFieldContainer[RouteTarget]
+    def __init__(self, endpoint: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ...) -> None: ...
+
+class SwitchRequest(_message.Message):
+    __slots__ = ("routes",)
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    routes: _containers.RepeatedCompositeFieldContainer[Route]
+    def __init__(self, routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ...) -> None: ...
+
+class SwitchResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UnloadRequest(_message.Message):
+    __slots__ = ("instance", "drain_ms")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_MS_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    drain_ms: int
+    def __init__(self, instance: _Optional[str] = ..., drain_ms: _Optional[int] = ...) -> None: ...
+
+class UnloadResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class BackendStatus(_message.Message):
+    __slots__ = ("name", "healthy", "detail", "requests", "failures", "fallbacks")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    healthy: bool
+    detail: str
+    requests: int
+    failures: int
+    fallbacks: int
+    def __init__(self, name: _Optional[str] = ..., healthy: bool = ..., detail: _Optional[str] = ..., requests: _Optional[int] = ..., failures: _Optional[int] = ..., fallbacks: _Optional[int] = ...) -> None: ...
+
+class InstanceStatus(_message.Message):
+    __slots__ = ("instance", "state", "error", "model", "version", "backends", "notes")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[InstanceStatus.State]
+        LOADED: _ClassVar[InstanceStatus.State]
+        READY: _ClassVar[InstanceStatus.State]
+        FAILED: _ClassVar[InstanceStatus.State]
+    STATE_UNSPECIFIED: InstanceStatus.State
+    LOADED: InstanceStatus.State
+    READY: InstanceStatus.State
+    FAILED: InstanceStatus.State
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    state: InstanceStatus.State
+    error: str
+    model: str
+    version: str
+    backends: _containers.RepeatedCompositeFieldContainer[BackendStatus]
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, instance: _Optional[str] = ..., state: _Optional[_Union[InstanceStatus.State, str]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
+    routes: _containers.RepeatedCompositeFieldContainer[Route]
+    boot_id: str
+    grpc_address: str
+    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ...) -> None: ...
+
+class ApplyRequest(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    def __init__(self, manifest: _Optional[bytes] = ...) -> None: ...
+
+class ApplyResponse(_message.Message):
+    __slots__ = ("code", "description", "generation")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    description: str
+    generation: int
+    def __init__(self, code: _Optional[int] = ..., description: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class AgentStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AgentStatusResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: bytes
+    def __init__(self, json: _Optional[bytes] = ...) -> None: ...
