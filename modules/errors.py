@@ -62,7 +62,11 @@ class PullCancelled(ImageError):
     retryable = True
 
 
-class StorageFull(ImageError):
-    """The disk has no room for the image."""
+class StorageFailed(ImageError):
+    """The disk refused a read or a write."""
 
     retryable = True
+
+
+class StorageFull(StorageFailed):
+    """The disk has no room for the image."""
