@@ -1,1 +1,21 @@
-"""Simulated FPGA boards as pynq devices."""
+"""Simulated FPGA boards as pynq devices.
+
+Importing this package needs no pynq and changes nothing; `install` puts the board in.
+"""
+
+from __future__ import annotations
+
+from .boards import simulated_board
+from .faults import FaultFile
+
+
+def install(board: str) -> None:
+    """Make the simulated `board` pynq's active device in this process.
+
+    Faults come from the file named by GATELET_SIM_FAULTS (see `faults`). Raises ValueError for
+    an unknown board and ImportError when pynq is missing.
+    """
+    # pynq registers a device class when it is defined, so that must not happen on import.
+    from .device import activate
+
+    activate(simulated_board(board), FaultFile.from_environment())

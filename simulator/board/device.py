@@ -1,0 +1,181 @@
+"""A simulated board as a pynq Device: unmodified pynq runs against it.
+
+Importing this module imports pynq and registers the device class with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pynq.buffer import PynqBuffer
+from pynq.metadata.runtime_metadata_parser import RuntimeMetadataParser
+from pynq.pl_server.device import Device
+from pynq.ps import Clocks
+from pynqmetadata.frontends import Metadata
+
+from ...accelerators.fpga.bitfile import parse_bitfile
+from ...accelerators.fpga.board import same_part
+from .boards import SimulatedBoard
+from .cores import synthesise
+from .design import Design, read_design
+from .dma import AxiDma
+from .faults import FaultFile
+from .memory import ContiguousMemory
+from .registers import Bus, RegisterBank, zynq7_clocks, zynqmp_clocks
+
+_CLOCK_WINDOW = 0x1000
+# A clock may exceed what timing was closed for by the rounding of its dividers, not more.
+_CLOCK_TOLERANCE = 1.01
+
+
+class SimulatedDevice(Device):  # type: ignore[misc]
+    """One board: bus, clocks, contiguous memory, and a fabric that a bitstream configures."""
+
+    _probe_priority_ = 61
+    _installed: list[SimulatedDevice] = []  # noqa: RUF012 - shared by design, as pynq probes once
+
+    @classmethod
+    def _probe_(cls) -> list[SimulatedDevice]:
+        return list(cls._installed)
+
+    def __init__(self, board: SimulatedBoard, faults: FaultFile | None = None) -> None:
+        super().__init__(f"simulated-{board.name}")
+        self.board = board
+        self.name = board.name
+        self.arch = board.arch
+        self.capabilities = {"REGISTER_RW": True, "MEMORY_MAPPED": False, "CALLABLE": False}
+        self.memory = ContiguousMemory(board.memory_base, board.memory_size)
+        self.faults = faults or FaultFile()
+        self.design: Design | None = None
+        self.downloads = 0
+        self._clocks = zynq7_clocks() if board.arch == "armv7l" else zynqmp_clocks()
+        self._bus = self._empty_bus()
+
+    def read_registers(self, address: int, length: int) -> bytes:
+        return self._bus.read(address, length)
+
+    def write_registers(self, address: int, data: bytes) -> None:
+        self._bus.write(address, bytes(data))
+
+    def get_bitfile_metadata(self, bitfile_name: str, partial: bool = False) -> Any:
+        if partial:
+            raise RuntimeError("the simulated fabric has no partial reconfiguration")
+        handoff = Path(bitfile_name).with_suffix(".hwh")
+        if not handoff.exists():
+            raise RuntimeError(f"no {handoff.name} beside {bitfile_name}")
+        parser = RuntimeMetadataParser(Metadata(input=str(handoff)))
+        fill_clock_frequencies(parser)
+        parser.refresh_hierarchy_dict()
+        return parser
+
+    def download(self, bitstream: Any, parser: Any = None) -> None:
+        if bitstream.partial:
+            raise RuntimeError("the simulated fabric has no partial reconfiguration")
+        if parser is None:
+            parser = self.get_bitfile_metadata(bitstream.bitfile_name)
+        bitfile = parse_bitfile(Path(bitstream.bitfile_name).read_bytes(), bitstream.bitfile_name)
+        if not same_part(bitfile.part, self.board.part):
+            raise OSError(
+                errno.EIO,
+                f"configuration failed, INIT_B low: bitstream for {bitfile.part}, "
+                f"device is {self.board.part}",
+            )
+        self._check_clock(parser)
+        design = read_design(parser)
+        bus = self._empty_bus()
+        for cell in design.dmas:
+            try:
+                core = synthesise(bitfile.data)
+            except ValueError as error:
+                raise OSError(errno.EIO, f"configuration failed: {error}") from error
+            bus.attach(
+                cell.base, cell.size, AxiDma(self.memory, core, cell.length_width, self.faults)
+            )
+        for _, base, size in design.others:
+            bus.attach(base, size, RegisterBank())
+        self._bus = bus
+        self.design = design
+        self.downloads += 1
+        self.post_download(bitstream, parser, self.name)
+
+    def allocate(self, shape: Any, dtype: Any = "u4", **_: Any) -> PynqBuffer:
+        sizes = shape if isinstance(shape, tuple | list) else (shape,)
+        nbytes = math.prod(sizes) * np.dtype(dtype).itemsize
+        try:
+            offset = self.memory.allocate(nbytes)
+        except MemoryError as error:
+            raise RuntimeError(f"Allocate failed: {error}") from error
+        buffer = PynqBuffer(
+            tuple(sizes),
+            dtype,
+            buffer=self.memory.cpu(offset, nbytes),
+            device=self,
+            device_address=self.memory.base + offset,
+            bo=offset,
+            coherent=False,
+        )
+        buffer.memory = self.memory
+        # A pointer is returned once; with `freed` set a second free is nothing instead of munmap.
+        buffer.pointer = (offset,)
+        buffer.return_to = self
+        buffer.freed = True
+        return buffer
+
+    def return_pointer(self, pointer: tuple[int]) -> None:
+        self.memory.free(pointer[0])
+
+    def flush(self, bo: int, offset: int, _vaddr: int, nbytes: int) -> None:
+        self.memory.flush(bo + offset, nbytes)
+
+    def invalidate(self, bo: int, offset: int, _vaddr: int, nbytes: int) -> None:
+        self.memory.invalidate(bo + offset, nbytes)
+
+    def get_memory(self, _description: Any) -> SimulatedDevice:
+        return self
+
+    def _empty_bus(self) -> Bus:
+        bus = Bus()
+        for base, bank in self._clocks.items():
+            bus.attach(base, _CLOCK_WINDOW, bank)
+        return bus
+
+    def _check_clock(self, parser: Any) -> None:
+        clock = parser.clock_dict.get(0, {})
+        closed = clock.get("frequency")
+        if not (clock.get("enable") and closed):
+            return
+        Clocks.set_device(self)
+        runs = Clocks.fclk0_mhz
+        if runs > closed * _CLOCK_TOLERANCE:
+            raise OSError(
+                errno.EINVAL, f"PL clock 0 runs at {runs} MHz, timing was closed for {closed} MHz"
+            )
+
+
+def fill_clock_frequencies(parser: Any) -> None:
+    """Put the achieved frequency into `parser.clock_dict` where it is missing.
+
+    pynqmetadata 0.2.0 looks for the names of Zynq UltraScale+ only; pynq 4.0.0 then fails on
+    every Zynq-7000 design.
+    """
+    parameters = parser.ip_dict.get(parser.ps_name, {}).get("parameters", {})
+    for index, clock in parser.clock_dict.items():
+        name = f"PCW_ACT_FPGA{index}_PERIPHERAL_FREQMHZ"
+        if clock.get("frequency") is None and name in parameters:
+            clock["frequency"] = float(parameters[name])
+
+
+def activate(board: SimulatedBoard, faults: FaultFile | None = None) -> SimulatedDevice:
+    """A new simulated board as pynq's active device, in place of the one before."""
+    device = SimulatedDevice(board, faults)
+    SimulatedDevice._installed[:] = [device]
+    Device.active_device = device
+    # pynq keeps the clocks of the first device it ever saw.
+    if hasattr(Clocks, "_real_instance"):
+        del Clocks._real_instance
+    Clocks.set_device(device)
+    return device
