@@ -12,7 +12,7 @@ DEFAULT_TTL_SECONDS = 7200
 MAX_TTL_SECONDS = 4294967295
 
 _SCHEMA = re.compile(r"1\.[0-3](\.[0-9]{1,9}){0,2}", re.ASCII)
-_ROUTE_NAME = re.compile(r"[^.$#\s\0]+")
+_ROUTE_NAME = re.compile(r"[^.$#\s\x00-\x1f\x7f-\x9f]{1,512}")
 _FROM = re.compile(r"FROM\s+(?P<source>/\S*)\s+", re.IGNORECASE)
 _WHERE = re.compile(r"WHERE\s", re.IGNORECASE)
 _INTO = re.compile(r"\bINTO\s", re.IGNORECASE)

@@ -54,7 +54,8 @@ _IMAGE = re.compile(
 )
 _MAX_IMAGE = 512
 _MODULE_NAME = re.compile(r"[a-zA-Z0-9_-]+", re.ASCII)
-_ENV_NAME = re.compile(r"[^+#$\s.=\0]+")
+# A name must also be a legal twin key, since it is reported back.
+_ENV_NAME = re.compile(r"[^+#$\s.=\x00-\x1f\x7f-\x9f]{1,512}")
 _SCHEMA = re.compile(r"1\.[01](\.[0-9]{1,9}){0,2}", re.ASCII)
 _OUTER_KEYS = ("content", "modulesContent", "moduleContent", "deployment")
 
