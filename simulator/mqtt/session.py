@@ -1,0 +1,208 @@
+"""What a server remembers about a client between connections (section 4.1), without I/O.
+
+Outgoing messages wait in a bounded queue, get a packet identifier when the client's receive
+maximum lets them go, and stay until the handshake of their QoS ends; a new connection sends the
+unfinished ones again in their order. Incoming QoS 2 identifiers are kept until they are released.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+from .packets import (
+    PubAck,
+    PubComp,
+    Publish,
+    PubRec,
+    PubRel,
+    ReasonCode,
+    Subscription,
+)
+
+NEVER: Final = math.inf
+
+Done: TypeAlias = Callable[["int | None"], None]
+"""Told how a message ended: the client's reason code, or None when it was dropped undelivered."""
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    publish: Publish
+    expires_at: float
+    done: Done | None
+    counted: bool = False  # occupies a place in the client's receive maximum
+    received: bool = False  # the client answered PUBREC; only PUBREL may follow
+
+    def end(self, reason_code: int | None) -> None:
+        if self.done is not None:
+            self.done(reason_code)
+
+
+class Session:
+    """One client's state. Not bound to a connection: the server decides which one has it.
+
+    `subscriptions` is the server's to fill (by topic filter); `expiry_interval` is in seconds from
+    the end of the connection, 0 (it ends with it) to NEVER. `now` is monotonic seconds everywhere.
+    """
+
+    def __init__(
+        self, client_id: str, queue_limit: int = 1000, queue_bytes: int = 16 * 1024 * 1024
+    ) -> None:
+        self.client_id = client_id
+        self.expiry_interval: float = 0
+        self.subscriptions: dict[str, Subscription] = {}
+        self.subscription_identifiers: dict[str, int] = {}
+        self.received: set[int] = set()
+        self.dropped = 0
+        self._queue_limit = queue_limit
+        self._bytes_left = queue_bytes
+        self._queue: deque[_Outgoing] = deque()
+        self._qos0: deque[_Outgoing] = deque()
+        self._again: deque[int] = deque()
+        self._in_flight: dict[int, _Outgoing] = {}
+        self._counted = 0
+        self._last_id = 0
+
+    @property
+    def pending(self) -> int:
+        """Messages queued or in flight."""
+        return len(self._queue) + len(self._qos0) + len(self._in_flight)
+
+    @property
+    def waits_to_write(self) -> bool:
+        """Whether QoS 0 messages wait for the socket, so that a new one must wait behind them."""
+        return bool(self._qos0)
+
+    def enqueue(self, publish: Publish, now: float, done: Done | None = None) -> bool:
+        """Queue a message; False (and counted in `dropped`) when the queue is full."""
+        size = len(publish.payload) + len(publish.topic)
+        queue = self._queue if publish.qos else self._qos0
+        if len(queue) >= self._queue_limit or size > self._bytes_left:
+            self.dropped += 1
+            return False
+        expiry = publish.properties.message_expiry_interval
+        expires_at = NEVER if expiry is None else now + expiry
+        self._bytes_left -= size
+        queue.append(_Outgoing(publish, expires_at, done))
+        return True
+
+    def resume(self) -> None:
+        """A new connection took the session: everything unfinished is to be sent again."""
+        self._again = deque(self._in_flight)
+        self._counted = 0
+        for outgoing in self._in_flight.values():
+            outgoing.counted = False
+
+    def suspend(self) -> None:
+        """The connection ended; QoS 0 messages do not wait for the next one."""
+        while self._qos0:
+            self._drop(self._qos0.popleft())
+
+    def end(self) -> None:
+        """Forget everything; whoever waits for a message learns that it was dropped."""
+        waiting = [*self._in_flight.values(), *self._queue, *self._qos0]
+        self._queue.clear()
+        self._qos0.clear()
+        self._again.clear()
+        self._in_flight.clear()
+        self.subscriptions.clear()
+        for outgoing in waiting:
+            self._drop(outgoing)
+
+    def next_packet(self, now: float, receive_maximum: int) -> Publish | PubRel | None:
+        """The next packet to write, None when nothing is left or the window is full."""
+        while self._again:
+            outgoing = self._in_flight.get(self._again[0])
+            if outgoing is None:
+                self._again.popleft()
+            elif outgoing.received:
+                return PubRel(self._again.popleft())
+            elif self._counted >= receive_maximum:
+                return None
+            else:
+                self._again.popleft()
+                self._count(outgoing)
+                return _ageing(replace(outgoing.publish, dup=True), outgoing.expires_at, now)
+        if (outgoing := self._head(self._qos0, now)) is not None:
+            self._qos0.popleft()
+            self._free(outgoing)
+            outgoing.end(0)
+            return _ageing(outgoing.publish, outgoing.expires_at, now)
+        if self._counted >= receive_maximum or len(self._in_flight) >= 65_535:
+            return None
+        if (outgoing := self._head(self._queue, now)) is None:
+            return None
+        self._queue.popleft()
+        outgoing.publish = replace(outgoing.publish, packet_id=self._free_id())
+        self._in_flight[outgoing.publish.packet_id] = outgoing
+        self._count(outgoing)
+        return _ageing(outgoing.publish, outgoing.expires_at, now)
+
+    def _head(self, queue: deque[_Outgoing], now: float) -> _Outgoing | None:
+        while queue and queue[0].expires_at <= now:
+            self._drop(queue.popleft())
+        return queue[0] if queue else None
+
+    def acknowledge(self, packet: PubAck | PubRec | PubComp) -> PubRel | None:
+        """Take the client's answer; PUBREC is answered in turn, also an unknown one."""
+        outgoing = self._in_flight.get(packet.packet_id)
+        if isinstance(packet, PubRec):
+            if outgoing is None or outgoing.publish.qos != 2:
+                return PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
+            if packet.reason_code < 0x80:
+                outgoing.received = True
+                return PubRel(packet.packet_id)
+        elif outgoing is None or (outgoing.publish.qos == 2) != isinstance(packet, PubComp):
+            return None
+        self._finish(packet.packet_id, packet.reason_code)
+        return None
+
+    def give_up(self, packet_id: int) -> None:
+        """A message that cannot go to this client (too large for it) counts as finished."""
+        self._finish(packet_id, None)
+
+    def release(self, packet: PubRel) -> PubComp:
+        """The client will not send this QoS 2 message again."""
+        if packet.packet_id in self.received:
+            self.received.remove(packet.packet_id)
+            return PubComp(packet.packet_id)
+        return PubComp(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
+
+    def _finish(self, packet_id: int, reason_code: int | None) -> None:
+        outgoing = self._in_flight.pop(packet_id, None)
+        if outgoing is None:
+            return
+        if outgoing.counted:
+            self._counted -= 1
+        self._free(outgoing)
+        outgoing.end(reason_code)
+
+    def _count(self, outgoing: _Outgoing) -> None:
+        outgoing.counted = True
+        self._counted += 1
+
+    def _drop(self, outgoing: _Outgoing) -> None:
+        self.dropped += 1
+        self._free(outgoing)
+        outgoing.end(None)
+
+    def _free(self, outgoing: _Outgoing) -> None:
+        self._bytes_left += len(outgoing.publish.payload) + len(outgoing.publish.topic)
+
+    def _free_id(self) -> int:
+        while True:
+            self._last_id = self._last_id % 65_535 + 1
+            if self._last_id not in self._in_flight:
+                return self._last_id
+
+
+def _ageing(publish: Publish, expires_at: float, now: float) -> Publish:
+    """With the expiry interval that is left [MQTT-3.3.2-6]."""
+    if expires_at == NEVER:
+        return publish
+    left = max(1, math.ceil(expires_at - now))
+    return replace(publish, properties=replace(publish.properties, message_expiry_interval=left))
