@@ -78,7 +78,13 @@ class Connection(asyncio.Protocol):
     (None before); `tag`: free for the handler.
     """
 
-    def __init__(self, handler: Handler, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        limits: Limits | None = None,
+        open_connections: set[Connection] | None = None,
+    ) -> None:
+        """`open_connections`: a set this connection is in while its socket is open."""
         self.connect: Connect = Connect("")
         self.session: Session | None = None
         self.tag: Any = None
@@ -91,6 +97,7 @@ class Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._closed = asyncio.Event()
+        self._open_connections = open_connections
         self._out: list[bytes] = []
         self._write_scheduled = False
         self._corked = False
@@ -201,6 +208,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert hasattr(transport, "write")
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        if self._open_connections is not None:
+            self._open_connections.add(self)
         self._last_received = self._loop.time()
         self._keepalive = self._limits.connect_timeout
         self._arm_timer()
@@ -265,6 +274,8 @@ class Connection(asyncio.Protocol):
 
     def _served(self, task: asyncio.Task[None]) -> None:
         self._closed.set()
+        if self._open_connections is not None:
+            self._open_connections.discard(self)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._transport.abort()
             self._loop.call_exception_handler(

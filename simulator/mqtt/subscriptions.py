@@ -1,0 +1,102 @@
+"""Which subscriptions match a topic, without looking at all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .packets import Subscription
+from .session import Session
+from .topics import split_shared
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One session's subscription; `identifier` is MQTT 5's subscription identifier or None."""
+
+    session: Session
+    subscription: Subscription
+    identifier: int | None = None
+
+
+@dataclass(slots=True)
+class _Node:
+    children: dict[str, _Node] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)  # by client id
+    shared: dict[str, dict[str, Entry]] = field(default_factory=dict)  # by share name
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.children or self.entries or self.shared)
+
+
+class SubscriptionTree:
+    """A tree over the levels of the topic filters; filters must be valid."""
+
+    def __init__(self) -> None:
+        self._root = _Node()
+
+    def add(self, entry: Entry) -> bool:
+        """Add or replace; whether it is new for this client [MQTT-3.8.4-3]."""
+        share, topic_filter = split_shared(entry.subscription.topic_filter)
+        node = self._root
+        for level in topic_filter.split("/"):
+            node = node.children.setdefault(level, _Node())
+        place = node.shared.setdefault(share, {}) if share else node.entries
+        is_new = entry.session.client_id not in place
+        place[entry.session.client_id] = entry
+        return is_new
+
+    def remove(self, client_id: str, topic_filter: str) -> bool:
+        """Whether there was such a subscription."""
+        share, plain = split_shared(topic_filter)
+        path = [self._root]
+        levels = plain.split("/")
+        for level in levels:
+            child = path[-1].children.get(level)
+            if child is None:
+                return False
+            path.append(child)
+        node = path[-1]
+        place = node.shared.get(share, {}) if share else node.entries
+        found = place.pop(client_id, None) is not None
+        if share and not place:
+            node.shared.pop(share, None)
+        for depth in range(len(levels), 0, -1):
+            if not path[depth].is_empty:
+                break
+            del path[depth - 1].children[levels[depth - 1]]
+        return found
+
+    def match(self, topic: str) -> tuple[list[Entry], list[dict[str, Entry]]]:
+        """(ordinary entries, one non-empty dict of members by client id per shared subscription).
+
+        A client with overlapping filters appears once for each.
+        """
+        plain: list[Entry] = []
+        groups: list[dict[str, Entry]] = []
+        for node in self._nodes(topic):
+            plain.extend(node.entries.values())
+            groups.extend(node.shared.values())
+        return plain, groups
+
+    def _nodes(self, topic: str) -> Iterator[_Node]:
+        levels = topic.split("/")
+        open_nodes = [self._root]
+        for depth, level in enumerate(levels):
+            # Leading wildcards do not match $-topics [MQTT-4.7.2-1].
+            wild = depth > 0 or not level.startswith("$")
+            reached: list[_Node] = []
+            for node in open_nodes:
+                if wild and (rest := node.children.get("#")) is not None:
+                    yield rest
+                if wild and (any_level := node.children.get("+")) is not None:
+                    reached.append(any_level)
+                if (exact := node.children.get(level)) is not None:
+                    reached.append(exact)
+            open_nodes = reached
+        for node in open_nodes:
+            yield node
+            # "a/#" also matches "a" itself.
+            if (rest := node.children.get("#")) is not None:
+                yield rest
