@@ -1,0 +1,74 @@
+"""Calls to the agent on this device, for the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+
+from ...protos import control_pb2 as pb
+from ...protos.services import AgentStub
+from .command import CommandError
+
+CALL_SECONDS = 10.0
+
+
+class AgentClient:
+    """Use as a context manager. All calls raise CommandError."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._channel = grpc.insecure_channel(f"unix:{socket}")
+        self._stub = AgentStub(self._channel)
+
+    def __enter__(self) -> AgentClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def apply(self, manifest: bytes) -> tuple[int, str, int]:
+        """Returns edgeAgent's code, a description, and the generation of the new deployment."""
+        try:
+            answer = self._stub.apply(pb.ApplyRequest(manifest=manifest), CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise self._away(error) from error
+        return answer.code, answer.description, answer.generation
+
+    def status(self) -> dict[str, Any]:
+        """The document of `agent/status.py`."""
+        try:
+            answer = self._stub.status(pb.AgentStatusRequest(), CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise self._away(error) from error
+        return msgspec.json.decode(answer.json, type=dict[str, Any])
+
+    def watch(self, seconds: float) -> Iterator[dict[str, Any]]:
+        """The status now and after every change; ends after `seconds`."""
+        call = self._stub.watch(pb.AgentStatusRequest(), seconds)
+        try:
+            for answer in call:
+                yield msgspec.json.decode(answer.json, type=dict[str, Any])
+        except grpc.RpcError as error:
+            if _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return
+            raise self._away(error) from error
+        finally:
+            call.cancel()
+
+    def _away(self, error: grpc.RpcError) -> CommandError:
+        if _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return CommandError(
+                f"no agent answers on {self._socket}; start it with `gatelet run`, or name its "
+                "configuration with --config"
+            )
+        return CommandError(f"the agent refused the call: {getattr(error, 'details', str)()}")
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
+    # grpcio raises objects that are both RpcError and Call; its stubs cannot say so.
+    code = getattr(error, "code", None)
+    return None if code is None else code()

@@ -1,0 +1,108 @@
+"""`gatelet apply`: hand a deployment manifest to the agent on this device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .command import (
+    CommandError,
+    add_config_option,
+    add_json_option,
+    configuration,
+    print_json,
+)
+
+DONE_PHASES = ("good", "failed", "superseded")
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "apply",
+        help="deploy a manifest on this device",
+        description="Hands over an IoT Edge deployment manifest (JSON). Without --wait it returns "
+        "once the agent has accepted it.",
+    )
+    parser.add_argument("file", help="the manifest, or - for standard input")
+    parser.add_argument(
+        "--wait", action="store_true", help="wait until the deployment is good or has failed"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="give up waiting after S seconds"
+    )
+    add_config_option(parser)
+    add_json_option(parser)
+    parser.set_defaults(run=_apply)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from .agent_client import AgentClient
+
+    config = configuration(arguments)
+    body = _read(arguments.file)
+    with AgentClient(config.agent_socket) as agent:
+        code, description, generation = agent.apply(body)
+        if code != 200:
+            if arguments.json:
+                print_json({"code": code, "description": description})
+                return 1
+            raise CommandError(f"the manifest was refused ({code}): {description}")
+        if not arguments.wait:
+            if arguments.json:
+                print_json({"code": code, "generation": generation})
+            else:
+                print(f"deployment {generation} accepted; `gatelet status` shows how it goes")
+            return 0
+        result = _wait(agent, generation, arguments)
+    if arguments.json:
+        print_json(result)
+    elif result["phase"] == "good":
+        print(f"deployment {generation} is good")
+    else:
+        kept = result.get("lastGood")
+        tail = f"; deployment {kept} is running instead" if kept else ""
+        reason = f": {result['description']}" if result["description"] else ""
+        print(f"gatelet: deployment {generation} {result['phase']}{reason}{tail}", file=sys.stderr)
+    return 0 if result["phase"] == "good" else 1
+
+
+def _wait(agent: Any, generation: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=arguments.json)
+    with console.status(f"deployment {generation}") as spinner:
+        for status in agent.watch(arguments.timeout):
+            deployment = status["deployment"] or {}
+            last_good = (deployment.get("lastGood") or {}).get("generation")
+            newest = deployment.get("generation", 0)
+            if newest > generation:
+                return {
+                    "generation": generation,
+                    "phase": "superseded",
+                    "description": f"deployment {newest} took its place",
+                    "lastGood": last_good,
+                }
+            if newest == generation and deployment["phase"] in DONE_PHASES:
+                return {
+                    "generation": generation,
+                    "phase": deployment["phase"],
+                    "description": deployment["description"],
+                    "lastGood": last_good,
+                }
+            doing = [f"{m['name']}: {m['description']}" for m in status["modules"]]
+            spinner.update(f"deployment {generation}: {'; '.join(doing) or 'starting'}")
+    raise CommandError(
+        f"deployment {generation} is not good after {arguments.timeout:g} s; the agent goes on "
+        "with it: see `gatelet status`"
+    )
+
+
+def _read(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {error.strerror}") from error

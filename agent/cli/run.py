@@ -1,0 +1,88 @@
+"""`gatelet run`: the agent's processes, all of them under a supervisor or one of them alone."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+from ..config import AgentConfig, ConfigError
+from .command import CommandError, add_config_option, configuration
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run the agent on this device",
+        description="Starts the agent, scoring and fabric processes and restarts those that die. "
+        "With --role one of them runs alone, as under systemd.",
+    )
+    add_config_option(parser)
+    parser.add_argument(
+        "--role", choices=("all", "agent", "scoring", "fabric"), default="all", help="which process"
+    )
+    parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format=f"%(asctime)s {arguments.role:7} %(levelname)-7s %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("azure", "paho", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    config = configuration(arguments)
+    if arguments.die_with_parent:
+        from ...accelerators.parent import die_with_parent
+
+        die_with_parent()
+    try:
+        for folder in (config.device.run_dir, config.device.state_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"cannot make {error.filename}: {error.strerror}; run as a user who may write there, "
+            "or set state-dir and run-dir under [device]"
+        ) from error
+    if arguments.role == "all":
+        return _supervise(arguments, config)
+    if arguments.role == "agent":
+        from ..process import run_agent
+
+        try:
+            return asyncio.run(run_agent(config))
+        except ConfigError as error:
+            raise CommandError(str(error)) from error
+    if arguments.role == "scoring":
+        from ..roles import run_scoring_role
+
+        return run_scoring_role(config)
+    from ..roles import run_fabric_role
+
+    return run_fabric_role(config)
+
+
+def _supervise(arguments: argparse.Namespace, config: AgentConfig) -> int:
+    from ..clock import SystemClock
+    from ..roles import programs
+    from ..supervise import Supervisor
+
+    supervisor = Supervisor(
+        programs(config, arguments.config, verbose=arguments.verbose),
+        config.processes_file,
+        SystemClock(),
+    )
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await supervisor.run(stop)
+
+    asyncio.run(serve())
+    return 0

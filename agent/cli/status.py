@@ -1,0 +1,72 @@
+"""`gatelet status` and `gatelet list`: what the agent is doing, for people and for scripts."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .command import add_config_option, add_json_option, configuration, print_json
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, run, summary in (
+        ("status", _status, "show the deployment, its modules and the links"),
+        ("list", _list, "list the modules"),
+    ):
+        parser = commands.add_parser(name, help=summary)
+        add_config_option(parser)
+        add_json_option(parser)
+        parser.set_defaults(run=run)
+
+
+def _fetch(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .agent_client import AgentClient
+
+    with AgentClient(configuration(arguments).agent_socket) as agent:
+        return agent.status()
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    status = _fetch(arguments)
+    if arguments.json:
+        print_json(status)
+        return 0
+    deployment = status["deployment"]
+    print(f"device      {status['device']}")
+    if deployment is None:
+        print("deployment  none yet")
+    else:
+        about = f"{deployment['generation']} from {deployment['source']}, {deployment['phase']}"
+        print(f"deployment  {about}")
+        if deployment["description"]:
+            print(f"            {deployment['description']}")
+        if deployment["rolledBack"]:
+            print(f"            running deployment {deployment['lastGood']['generation']} instead")
+    for link in status["links"]:
+        state = "connected" if link["connected"] else f"not connected: {link['reason']}"
+        print(f"{link['source']:11} {state}")
+    for name, process in status["processes"].items():
+        print(f"{name:11} pid {process['pid']}, {process.get('restarts', 0)} restarts")
+    for refusal in status["refused"]:
+        print(f"refused     from {refusal['source']} ({refusal['code']}): {refusal['description']}")
+    print()
+    _table(status["modules"])
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    modules = _fetch(arguments)["modules"]
+    if arguments.json:
+        print_json(modules)
+    else:
+        _table(modules)
+    return 0
+
+
+def _table(modules: list[dict[str, Any]]) -> None:
+    rows = [("NAME", "STATUS", "DESCRIPTION", "CONFIG")]
+    rows += [(m["name"], m["status"], m["description"], m["image"]) for m in modules]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+        print("  ".join((*cells, row[3])))

@@ -1,0 +1,174 @@
+"""`agent.toml`: everything that is fixed for a device, read once at start."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names file, key and remedy."""
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """Base of all sections: unknown keys are errors, because a typo must not be ignored."""
+
+
+class DeviceConfig(_Section, frozen=True):
+    """`board` is PYNQ's name in lower case ("pynq-z2"), "auto" to detect it, "none" for no FPGA."""
+
+    id: str = ""
+    state_dir: Path = Path("/var/lib/gatelet")
+    run_dir: Path = Path("/run/gatelet")
+    board: str = "auto"
+
+
+class IotHubConfig(_Section, frozen=True):
+    """IoT Hub identity. With a ModuleId in the connection string the twin is that module's."""
+
+    connection_string: str = ""
+    connection_string_file: Path | None = None
+    ca_file: Path | None = None
+    proxy: str = ""
+    websockets: bool = False
+
+
+class MqttConfig(_Section, frozen=True):
+    host: str
+    port: int = 1883
+    prefix: str = "gatelet/v1/{device}"
+    username: str = ""
+    password: str = ""
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+
+class RegistryConfig(_Section, frozen=True):
+    """Access to one registry; `address` is the host[:port] that image names begin with."""
+
+    address: str
+    username: str = ""
+    password: str = ""
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    insecure: bool = False
+
+
+class ScoringConfig(_Section, frozen=True):
+    grpc_address: str = "127.0.0.1:8001"
+
+
+class FabricConfig(_Section, frozen=True):
+    """The process that owns the FPGA.
+
+    `python` is the interpreter of the board's own PYNQ environment; `device` is a module that
+    registers a simulated pynq device.
+    """
+
+    python: Path | None = None
+    device: str = ""
+
+
+class DeploymentConfig(_Section, frozen=True):
+    """`probation_seconds`: how long all modules must be healthy before a deployment is good."""
+
+    probation_seconds: float = 10.0
+    retry_base_seconds: float = 1.0
+    retry_cap_seconds: float = 60.0
+
+
+class AgentConfig(_Section, frozen=True):
+    device: DeviceConfig = DeviceConfig()
+    iothub: IotHubConfig | None = None
+    mqtt: MqttConfig | None = None
+    registry: tuple[RegistryConfig, ...] = ()
+    scoring: ScoringConfig = ScoringConfig()
+    fabric: FabricConfig = FabricConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+
+    @property
+    def device_id(self) -> str:
+        return self.device.id or platform.node() or "gatelet"
+
+    @property
+    def agent_socket(self) -> Path:
+        return self.device.run_dir / "agent.sock"
+
+    @property
+    def scoring_socket(self) -> Path:
+        return self.device.run_dir / "scoring.sock"
+
+    @property
+    def fabric_socket(self) -> Path:
+        return self.device.run_dir / "fabric.sock"
+
+    @property
+    def fabric_lock(self) -> Path:
+        return self.device.run_dir / "fabric.lock"
+
+    @property
+    def processes_file(self) -> Path:
+        return self.device.run_dir / "processes.json"
+
+
+SOCKET_PATH_LIMIT = 100
+"""Bytes; sun_path holds 108 (unix(7)), and the longest socket name is shorter than the rest."""
+
+
+def parse_config(text: str, origin: str) -> AgentConfig:
+    """Parse TOML `text`; `origin` is named in errors. Raises ConfigError."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
+    try:
+        config = msgspec.convert(raw, AgentConfig, strict=True, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    if len(os.fsencode(config.agent_socket)) > SOCKET_PATH_LIMIT:
+        raise ConfigError(
+            f"{origin}: device.run-dir {config.device.run_dir} is too long for Unix sockets "
+            f"({SOCKET_PATH_LIMIT} bytes with the socket's name); choose a shorter folder"
+        )
+    return config
+
+
+def load_config(path: Path) -> AgentConfig:
+    """Read and parse `path`. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no configuration at {path}; write one, or start a simulated site with "
+            "`gatelet sim up`, which makes one"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return parse_config(text, str(path))
+
+
+def read_secret(value: str, file: Path | None, key: str) -> str:
+    """`value`, or the first line of `file` when it is given. Raises ConfigError."""
+    if file is None:
+        return value
+    try:
+        return file.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: cannot read {file}: {error}") from error
+
+
+def _decode(kind: type[Any], value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")

@@ -1,0 +1,79 @@
+"""The processes of a device and how each is started from one configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..accelerators.fpga.board import Board, board_named, detect_board
+from .config import AgentConfig
+from .supervise import Program
+
+
+def board_of(config: AgentConfig) -> Board | None:
+    """The board that the configuration names or the machine is; None without an FPGA."""
+    name = config.device.board
+    if name == "none":
+        return None
+    return detect_board() if name == "auto" else board_named(name)
+
+
+def programs(config: AgentConfig, config_file: Path, *, verbose: bool) -> tuple[Program, ...]:
+    """What to supervise, in the order of starting."""
+    options = ("--config", str(config_file), "--die-with-parent", *(("-v",) if verbose else ()))
+    me = (sys.executable, "-m", "gatelet.agent.main", "run", *options)
+    board = board_of(config)
+    roles = [
+        Program("scoring", (*me, "--role", "scoring")),
+        Program("agent", (*me, "--role", "agent")),
+    ]
+    if board is not None:
+        roles.insert(0, Program("fabric", fabric_command(config, board)))
+    return tuple(roles)
+
+
+def fabric_command(config: AgentConfig, board: Board) -> tuple[str, ...]:
+    """The fabric process runs in the board's own Python, where only the accelerators are needed."""
+    python = config.fabric.python or Path(sys.executable)
+    device = ("--device", config.fabric.device) if config.fabric.device else ()
+    return (
+        str(python),
+        *("-m", "gatelet.accelerators.fpga.fabric"),
+        *("--socket", str(config.fabric_socket)),
+        *("--lock", str(config.fabric_lock)),
+        *("--board", board.name),
+        *device,
+        "--die-with-parent",
+    )
+
+
+def run_fabric_role(config: AgentConfig) -> int:
+    """Become the fabric process."""
+    from ..accelerators.fpga.fabric import main
+
+    board = board_of(config)
+    if board is None:
+        print(
+            'gatelet: no FPGA board found; set board under [device] (such as "pynq-z2") '
+            "if this machine has one",
+            file=sys.stderr,
+        )
+        return 1
+    command = fabric_command(config, board)
+    return main(command[command.index("--socket") :])
+
+
+def run_scoring_role(config: AgentConfig) -> int:
+    """Run the scoring process until it is told to end."""
+    from .scoring.process import ScoringSettings, run_scoring
+
+    board = board_of(config)
+    return run_scoring(
+        ScoringSettings(
+            grpc_address=config.scoring.grpc_address,
+            control_socket=str(config.scoring_socket),
+            fabric_socket=None if board is None else str(config.fabric_socket),
+            board=None if board is None else board.name,
+            part=None if board is None else board.part,
+        )
+    )

@@ -1,0 +1,138 @@
+"""The agent's hold on the scoring process over the control API (protos/control.proto)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from ..protos import control_pb2 as pb
+from ..protos.services import AsyncScoringStub
+from .plan import InstanceView, Route, Target
+from .scoring_env import ScoringOptions
+from .steps import BackendView, LoadedModel, ScoringView, StepFailed
+
+STATUS_SECONDS = 5.0
+LOAD_SECONDS = 300.0
+PROBE_SECONDS = 60.0
+DRAIN_SECONDS = 30.0
+
+_STATES = {
+    pb.InstanceStatus.LOADED: "loaded",
+    pb.InstanceStatus.READY: "ready",
+    pb.InstanceStatus.FAILED: "failed",
+}
+
+# What a new attempt can heal: the process is away, restarting, busy or slow.
+_RETRYABLE = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+}
+
+T = TypeVar("T")
+
+
+class ScoringLink:
+    """`ScoringControl` over gRPC on a Unix socket."""
+
+    def __init__(self, socket: Path) -> None:
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{socket}",
+            options=[
+                # The scoring process restarts within a second; the default waits up to 120 s.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+            ],
+        )
+        self._stub = AsyncScoringStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def status(self) -> ScoringView:
+        answer = await _ask(lambda: self._stub.status(pb.StatusRequest(), STATUS_SECONDS))
+        return ScoringView(
+            answer.boot_id,
+            answer.pid,
+            tuple(_model(instance) for instance in answer.instances),
+            tuple(
+                Route(
+                    route.endpoint,
+                    tuple(Target(t.instance, t.percent, t.default) for t in route.targets),
+                )
+                for route in sorted(answer.routes, key=lambda route: route.endpoint)
+            ),
+        )
+
+    async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
+        request = pb.LoadRequest(
+            instance=instance,
+            directory=str(directory),
+            options=pb.ScoringOptions(
+                backends=options.backends,
+                max_batch=options.max_batch,
+                max_delay_us=options.max_delay_us,
+                timeout_ms=options.timeout_ms,
+            ),
+        )
+        await _ask(lambda: self._stub.load(request, LOAD_SECONDS))
+
+    async def probe(self, instance: str) -> None:
+        request = pb.ProbeRequest(instance=instance)
+        await _ask(lambda: self._stub.probe(request, PROBE_SECONDS))
+
+    async def switch(self, routes: tuple[Route, ...]) -> None:
+        request = pb.SwitchRequest(
+            routes=[
+                pb.Route(
+                    endpoint=route.endpoint,
+                    targets=[
+                        pb.RouteTarget(instance=t.instance, percent=t.percent, default=t.default)
+                        for t in route.targets
+                    ],
+                )
+                for route in routes
+            ]
+        )
+        await _ask(lambda: self._stub.switch(request, STATUS_SECONDS))
+
+    async def unload(self, instance: str) -> None:
+        request = pb.UnloadRequest(instance=instance, drain_ms=int(DRAIN_SECONDS * 1000))
+        await _ask(lambda: self._stub.unload(request, DRAIN_SECONDS + STATUS_SECONDS))
+
+
+def _model(status: pb.InstanceStatus) -> LoadedModel:
+    return LoadedModel(
+        InstanceView(status.instance, _STATES.get(status.state, "failed"), status.error),
+        status.model,
+        status.version,
+        tuple(
+            BackendView(b.name, b.healthy, b.detail, b.requests, b.failures)
+            for b in status.backends
+        ),
+        tuple(status.notes),
+    )
+
+
+async def _ask(call: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await call()
+    except grpc.aio.AioRpcError as error:
+        code = error.code()
+        retryable = code in _RETRYABLE
+        if code is grpc.StatusCode.UNAVAILABLE and "connect" in (error.details() or "").lower():
+            raise StepFailed(
+                "the scoring process does not answer; it is restarting or was not started",
+                retryable=True,
+            ) from error
+        raise StepFailed(error.details() or code.name, retryable=retryable) from error

@@ -1,0 +1,110 @@
+"""The agent's status document for `gatelet status`, and what it says of its deployment upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from .conditions import Condition, Start
+from .publish import LinkState
+from .reconcile import Snapshot
+from .store import Deployment, Seen
+
+OK, FAILED = 200, 500
+
+
+def status_document(
+    device: str,
+    snapshot: Snapshot,
+    conditions: tuple[Condition, ...],
+    latest: Deployment | None,
+    last_good: Deployment | None,
+    seen: tuple[Seen, ...],
+    links: tuple[LinkState, ...],
+    processes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `gatelet status --json` prints. Keys are stable; times are ISO 8601 in UTC."""
+    specs = {} if snapshot.manifest is None else {m.name: m for m in snapshot.manifest.modules}
+    return {
+        "device": device,
+        "deployment": deployment_document(snapshot, latest, last_good),
+        "modules": [
+            {
+                "name": condition.module,
+                "status": condition.status,
+                "description": condition.description,
+                "image": specs[condition.module].image,
+                "digest": condition.digest,
+                "started": _time(condition.start),
+                "restarts": condition.start.restarts if condition.start else 0,
+                **condition.details,
+            }
+            for condition in conditions
+        ],
+        "endpoints": {
+            route.endpoint: [
+                {"instance": t.instance, "percent": t.percent, "default": t.default}
+                for t in route.targets
+            ]
+            for route in (snapshot.observed.routes if snapshot.observed else ())
+        },
+        "links": [
+            {"source": link.source, "connected": link.connected, "reason": link.reason}
+            for link in links
+        ],
+        "refused": [
+            {"source": s.source, "version": s.version, "code": s.code, "description": s.description}
+            for s in seen
+            if s.code != OK
+        ],
+        "processes": dict(processes),
+    }
+
+
+def deployment_document(
+    snapshot: Snapshot, latest: Deployment | None, last_good: Deployment | None
+) -> dict[str, Any] | None:
+    """The newest deployment and how it stands; None before the first one."""
+    if latest is None:
+        return None
+    return {
+        "generation": latest.generation,
+        "source": latest.source,
+        "version": latest.version,
+        "phase": latest.phase,
+        "description": latest.description,
+        "received": latest.received,
+        "rolledBack": latest.phase == "failed" and last_good is not None,
+        "lastGood": None
+        if last_good is None
+        else {"generation": last_good.generation, "version": last_good.version},
+    }
+
+
+def desired_status(
+    source: str, seen: Seen | None, latest: Deployment | None, last_good: Deployment | None
+) -> tuple[int, int, str]:
+    """(version, code, description) of the last document of `source`, in edgeAgent's codes.
+
+    What edgeAgent has no words for: a deployment that failed is 500 and says what runs instead; a
+    document that a newer one from elsewhere replaced is 200 and says so.
+    """
+    if seen is None:
+        return 0, OK, ""
+    if seen.code != OK or latest is None:
+        return seen.version, seen.code, seen.description
+    if latest.source != source:
+        return seen.version, OK, f"replaced by deployment {latest.generation} from {latest.source}"
+    if latest.phase != "failed":
+        return seen.version, OK, ""
+    if last_good is None:
+        tail = "there is no earlier good deployment to return to"
+    else:
+        tail = f"rolled back to deployment {last_good.generation} ({last_good.source})"
+    return seen.version, FAILED, f"{latest.description}; {tail}"
+
+
+def _time(start: Start | None) -> str | None:
+    at: datetime | None = start.at if start else None
+    return None if at is None else at.isoformat(timespec="seconds")

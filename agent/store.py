@@ -1,0 +1,254 @@
+"""What the agent must not forget: deployments, pins, restart counts, the journal of its steps.
+
+SQLite in WAL mode with synchronous=FULL: what a method of this class stored when it returned
+survives a power cut (sqlite.org/pragma.html#pragma_synchronous). The schema carries a version;
+a newer one is refused rather than misread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .clock import Clock
+
+SCHEMA_VERSION = 1
+KEPT_DEPLOYMENTS = 32
+KEPT_JOURNAL = 2000
+
+_SCHEMA = """
+CREATE TABLE seen (
+    source TEXT PRIMARY KEY, version INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    code INTEGER NOT NULL, description TEXT NOT NULL
+) STRICT;
+CREATE TABLE deployment (
+    generation INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, version INTEGER NOT NULL,
+    body BLOB NOT NULL, phase TEXT NOT NULL, description TEXT NOT NULL, received TEXT NOT NULL
+) STRICT;
+CREATE TABLE pin (
+    generation INTEGER NOT NULL REFERENCES deployment(generation) ON DELETE CASCADE,
+    module TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (generation, module)
+) STRICT;
+CREATE TABLE journal (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, generation INTEGER NOT NULL,
+    step TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL
+) STRICT;
+"""
+
+
+class StoreError(Exception):
+    """The state database cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The last document of a source and what became of it (edgeAgent's status codes)."""
+
+    source: str
+    version: int
+    sha256: str
+    code: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One accepted manifest.
+
+    `phase`: "applying" (steps are being taken), "probation" (all modules ready, being watched),
+    "good" (stayed healthy), "failed" (will not be tried again), "superseded" (a newer one came).
+    """
+
+    generation: int
+    source: str
+    version: int
+    body: bytes
+    phase: str
+    description: str
+    received: str
+
+
+class StateStore:
+    """Thread-safe; each method is one transaction."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        """Open or create the database at `path`. Raises StoreError."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Transactions are explicit (isolation_level None); the lock serialises the threads.
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            self._migrate()
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(
+                f"cannot open the state database {path}: {error}; check the folder's permissions "
+                "and free space, or move the file away to start without history"
+            ) from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == SCHEMA_VERSION:
+            return
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self._path} has schema {version}, this gatelet knows {SCHEMA_VERSION}; "
+                "install the newer gatelet again"
+            )
+        self._db.executescript(
+            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:  # the transaction must end, whatever ended the work in it
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # -- documents by source -------------------------------------------------------------------
+
+    def seen(self) -> tuple[Seen, ...]:
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT source, version, sha256, code, description FROM seen ORDER BY source"
+            ).fetchall()
+        return tuple(Seen(*row) for row in rows)
+
+    def refuse(self, source: str, version: int, body: bytes, code: int, description: str) -> None:
+        """Remember that this document is not a deployment, and why."""
+        with self._transaction() as db:
+            _see(db, source, version, body, code, description)
+
+    def note_version(self, source: str, version: int) -> None:
+        """The document of `source` has a new version number and the same content."""
+        with self._transaction() as db:
+            db.execute("UPDATE seen SET version=? WHERE source=?", (version, source))
+
+    def accept(self, source: str, version: int, body: bytes) -> Deployment:
+        """Remember the document as a new deployment; the one being applied is superseded."""
+        received = self._clock.now().isoformat(timespec="seconds")
+        with self._transaction() as db:
+            _see(db, source, version, body, 200, "")
+            db.execute(
+                "UPDATE deployment SET phase='superseded' WHERE phase IN ('applying','probation')"
+            )
+            cursor = db.execute(
+                "INSERT INTO deployment (source, version, body, phase, description, received) "
+                "VALUES (?, ?, ?, 'applying', '', ?)",
+                (source, version, body, received),
+            )
+            generation = int(cursor.lastrowid or 0)
+            db.execute(
+                "DELETE FROM deployment WHERE generation <= ? AND generation IS NOT "
+                "(SELECT max(generation) FROM deployment WHERE phase='good')",
+                (generation - KEPT_DEPLOYMENTS,),
+            )
+        return Deployment(generation, source, version, body, "applying", "", received)
+
+    # -- deployments ---------------------------------------------------------------------------
+
+    def latest(self) -> Deployment | None:
+        """The newest deployment, whatever its phase."""
+        return self._one("ORDER BY generation DESC")
+
+    def last_good(self) -> Deployment | None:
+        """The newest deployment that stayed healthy through its probation."""
+        return self._one("WHERE phase='good' ORDER BY generation DESC")
+
+    def deployments(self) -> tuple[Deployment, ...]:
+        """Newest first."""
+        return tuple(self._select("ORDER BY generation DESC"))
+
+    def set_phase(self, generation: int, phase: str, description: str = "") -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE deployment SET phase=?, description=? WHERE generation=?",
+                (phase, description, generation),
+            )
+
+    def _one(self, tail: str) -> Deployment | None:
+        return next(iter(self._select(f"{tail} LIMIT 1")), None)
+
+    def _select(self, tail: str) -> list[Deployment]:
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT generation, source, version, body, phase, description, received "
+                f"FROM deployment {tail}"
+            ).fetchall()
+        return [Deployment(*row) for row in rows]
+
+    # -- pins ----------------------------------------------------------------------------------
+
+    def pins(self, generation: int) -> dict[str, str]:
+        """Module name -> image digest that this deployment runs."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT module, digest FROM pin WHERE generation=?", (generation,)
+            ).fetchall()
+        return dict(rows)
+
+    def pin(self, generation: int, module: str, digest: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO pin (generation, module, digest) VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET digest=excluded.digest",
+                (generation, module, digest),
+            )
+
+    # -- journal -------------------------------------------------------------------------------
+
+    def journal(self, generation: int, step: str, outcome: str, message: str = "") -> None:
+        """`outcome`: "started", "done" or "failed"."""
+        at = self._clock.now().isoformat(timespec="milliseconds")
+        with self._transaction() as db:
+            cursor = db.execute(
+                "INSERT INTO journal (at, generation, step, outcome, message) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (at, generation, step, outcome, message),
+            )
+            db.execute(
+                "DELETE FROM journal WHERE id <= ?", ((cursor.lastrowid or 0) - KEPT_JOURNAL,)
+            )
+
+    def journal_tail(self, count: int = 50) -> list[tuple[str, int, str, str, str]]:
+        """(at, generation, step, outcome, message), oldest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT at, generation, step, outcome, message FROM journal "
+                "ORDER BY id DESC LIMIT ?",
+                (count,),
+            ).fetchall()
+        return rows[::-1]
+
+
+def _see(
+    db: sqlite3.Connection, source: str, version: int, body: bytes, code: int, description: str
+) -> None:
+    db.execute(
+        "INSERT INTO seen (source, version, sha256, code, description) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET version=excluded.version, sha256=excluded.sha256, "
+        "code=excluded.code, description=excluded.description",
+        (source, version, document_hash(body), code, description),
+    )
+
+
+def document_hash(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()

@@ -1,0 +1,288 @@
+"""The planner: laws over random worlds, and the cases that operators would ask about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from gatelet.agent.deployments import instance_name
+from gatelet.agent.plan import (
+    Collect,
+    Failure,
+    InstanceView,
+    Load,
+    Observed,
+    Plan,
+    Probe,
+    Pull,
+    Route,
+    Step,
+    Switch,
+    Unload,
+    Wanted,
+    WantedModule,
+    plan,
+    routes_of,
+    subject,
+)
+from gatelet.agent.scoring_env import ScoringOptions
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def options(endpoint: str, traffic: int | None = None) -> ScoringOptions:
+    return ScoringOptions(endpoint=endpoint, traffic=traffic)
+
+
+def module(
+    name: str,
+    version: str,
+    *,
+    endpoint: str | None = None,
+    traffic: int | None = None,
+    pinned: bool = True,
+    running: bool = True,
+) -> WantedModule:
+    chosen = options(endpoint or name, traffic)
+    digest = f"sha256:{version * 64}"[:71] if pinned else None
+    return WantedModule(
+        name=name,
+        image=f"registry/{name}:{version}",
+        digest=digest,
+        instance=None if digest is None else instance_name(name, digest, chosen),
+        options=chosen,
+        running=running,
+    )
+
+
+@dataclass
+class World:
+    """A device on which every step works at once; counts what a client would notice."""
+
+    images: set[str] = field(default_factory=set)
+    instances: dict[str, str] = field(default_factory=dict)
+    routes: tuple[Route, ...] = ()
+    pins: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def observed(self) -> Observed:
+        views = {name: InstanceView(name, state) for name, state in self.instances.items()}
+        return Observed(frozenset(self.images), True, views, self.routes)
+
+    def served(self) -> set[str]:
+        return {
+            route.endpoint
+            for route in self.routes
+            if all(self.instances.get(target.instance) == "ready" for target in route.targets)
+        }
+
+    def take(self, step: Step) -> None:
+        if isinstance(step, Pull):
+            self.pins[step.generation, step.module] = step.image
+            self.images.add(_digest(step.image))
+        elif isinstance(step, Load):
+            assert step.digest in self.images, "loaded an image that is not there"
+            self.instances[step.instance] = "loaded"
+        elif isinstance(step, Probe):
+            self.instances[step.instance] = "ready"
+        elif isinstance(step, Switch):
+            for route in step.routes:
+                for target in route.targets:
+                    assert self.instances[target.instance] == "ready", "routed to a dead instance"
+            self.routes = step.routes
+        elif isinstance(step, Unload):
+            routed = {target.instance for route in self.routes for target in route.targets}
+            assert step.instance not in routed, "unloaded a serving instance"
+            del self.instances[step.instance]
+        elif isinstance(step, Collect):
+            self.images.discard(step.digest)
+
+
+def _digest(image: str) -> str:
+    version = image.rpartition(":")[2]
+    return f"sha256:{version * 64}"[:71]
+
+
+def pinned(wanted: Wanted, world: World) -> Wanted:
+    """`wanted` as the agent sees it: digests only where the world has pinned them."""
+    modules = []
+    for m in wanted.modules:
+        known = (wanted.generation, m.name) in world.pins
+        modules.append(
+            module(
+                m.name,
+                m.image.rpartition(":")[2],
+                endpoint=m.options.endpoint,
+                traffic=m.options.traffic,
+                pinned=known,
+                running=m.running,
+            )
+        )
+    return Wanted(wanted.generation, tuple(modules))
+
+
+NAMES = ("a", "b", "c")
+VERSIONS = ("1", "2", "3")
+
+
+@st.composite
+def wanteds(draw: st.DrawFn, generation: int) -> Wanted:
+    names = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=3))
+    return Wanted(
+        generation,
+        tuple(
+            module(
+                name,
+                draw(st.sampled_from(VERSIONS)),
+                endpoint=draw(st.sampled_from(("x", "y"))),
+                running=draw(st.integers(0, 4)) > 0,
+            )
+            for name in names
+        ),
+    )
+
+
+def converge(
+    wanted: Wanted,
+    fallback: Wanted | None,
+    world: World,
+    draw: st.DataObject,
+    crash: bool,
+) -> None:
+    """Take steps in any order until nothing is left; the endpoints that serve must go on."""
+    keep: frozenset[str] = frozenset()
+    if fallback is not None:
+        keep = frozenset(m.digest for m in fallback.modules if m.digest is not None)
+    for _ in range(60):
+        seen = None if fallback is None else pinned(fallback, world)
+        current = plan(pinned(wanted, world), seen, world.observed(), {}, keep, 0.0)
+        if not current.steps:
+            assert current.settled
+            return
+        step = draw.draw(st.sampled_from(current.steps))
+        before = world.served()
+        world.take(step)
+        still_wanted = {m.options.endpoint for m in wanted.modules if m.running}
+        lost = (before & still_wanted) - world.served()
+        assert not lost, f"{step} stopped {lost}"
+        if crash and draw.draw(st.integers(0, 15)) == 0:
+            world.instances.clear()
+            world.routes = ()
+            crash = False
+    pytest.fail("the plan does not come to an end")
+
+
+@given(st.data(), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_every_update_converges_and_never_stops_what_serves(
+    data: st.DataObject, crash: bool
+) -> None:
+    world = World()
+    first = data.draw(wanteds(1))
+    second = data.draw(wanteds(2))
+    converge(first, None, world, data, crash=False)
+    converge(second, first, world, data, crash=crash)
+    running = [m for m in pinned(second, world).modules if m.running]
+    assert set(world.instances) == {m.instance for m in running}
+    assert {route.endpoint: route for route in world.routes} == routes_of(running)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_rolling_back_in_the_middle_of_an_update_never_stops_what_serves(
+    data: st.DataObject,
+) -> None:
+    world = World()
+    first = data.draw(wanteds(1))
+    second = data.draw(wanteds(2))
+    converge(first, None, world, data, crash=False)
+    for _ in range(data.draw(st.integers(0, 8))):
+        current = plan(
+            pinned(second, world), pinned(first, world), world.observed(), {}, frozenset(), 0.0
+        )
+        if not current.steps or any(isinstance(step, Collect) for step in current.steps):
+            break
+        world.take(data.draw(st.sampled_from(current.steps)))
+    converge(first, None, world, data, crash=False)
+    assert world.served() == {m.options.endpoint for m in first.modules if m.running}
+
+
+def look(wanted: Wanted, world: World, fallback: Wanted | None = None) -> Plan:
+    return plan(wanted, fallback, world.observed(), {}, frozenset(), 0.0)
+
+
+def test_a_restarted_scoring_process_gets_the_old_version_while_the_new_one_cannot_load() -> None:
+    good = Wanted(1, (module("digits", "1"),))
+    bad = Wanted(2, (module("digits", "2", pinned=False),))
+    world = World(images={good.modules[0].digest or ""}, pins={(1, "digits"): "x:1"})
+    kinds = [type(step) for step in look(bad, world, good).steps]
+    assert kinds == [Pull, Load]
+    instance = good.modules[0].instance or ""
+    world.instances[instance] = "ready"
+    steps = look(bad, world, good).steps
+    assert Switch(tuple(routes_of(good.modules).values())) in steps
+
+
+def test_nothing_is_loaded_or_unloaded_while_the_scoring_process_is_away() -> None:
+    wanted = Wanted(1, (module("digits", "1"),))
+    digest = wanted.modules[0].digest or ""
+    away = Observed(frozenset({digest}), False, {}, ())
+    current = plan(wanted, None, away, {}, frozenset(), 0.0)
+    assert current == Plan((), (), False)
+
+
+def test_a_failed_step_waits_for_its_time_and_is_then_planned_again() -> None:
+    wanted = Wanted(1, (module("digits", "1", pinned=False),))
+    step = Pull(1, "digits", "registry/digits:1")
+    failure = Failure(step, 1, 10.0, "registry is down", retryable=True)
+    world = World()
+    for now, steps, blocked in ((9.9, (), (failure,)), (10.0, (step,), ())):
+        current = plan(wanted, None, world.observed(), {step: failure}, frozenset(), now)
+        assert (current.steps, current.blocked) == (steps, blocked)
+        assert not current.settled
+
+
+def test_a_fatal_failure_is_never_planned_again() -> None:
+    wanted = Wanted(1, (module("digits", "1", pinned=False),))
+    step = Pull(1, "digits", "registry/digits:1")
+    failure = Failure(step, 1, 0.0, "not a model image", retryable=False)
+    current = plan(wanted, None, World().observed(), {step: failure}, frozenset(), 1e9)
+    assert current.blocked == (failure,)
+    assert current.steps == ()
+
+
+def test_one_bad_module_does_not_hold_the_others_back() -> None:
+    wanted = Wanted(1, (module("a", "1", pinned=False), module("b", "2")))
+    step = Pull(1, "a", "registry/a:1")
+    failure = Failure(step, 1, 0.0, "no such image", retryable=False)
+    world = World(images={wanted.modules[1].digest or ""})
+    current = plan(wanted, None, world.observed(), {step: failure}, frozenset(), 0.0)
+    assert [type(step) for step in current.steps] == [Load]
+
+
+def test_traffic_shares_and_the_default() -> None:
+    modules = (
+        module("canary", "2", endpoint="digits", traffic=10),
+        module("stable", "1", endpoint="digits"),
+    )
+    (route,) = routes_of(modules).values()
+    assert [(t.instance.split("@")[0], t.percent, t.default) for t in route.targets] == [
+        ("stable", 90, True),
+        ("canary", 10, False),
+    ]
+
+
+def test_images_of_kept_deployments_are_not_collected() -> None:
+    wanted = Wanted(2, (module("a", "2"),))
+    old, stray = f"sha256:{'1' * 64}", f"sha256:{'9' * 64}"
+    new = wanted.modules[0]
+    world = World(images={new.digest or "", old, stray}, instances={new.instance or "": "ready"})
+    world.routes = tuple(routes_of(wanted.modules).values())
+    current = plan(wanted, None, world.observed(), {}, frozenset({old}), 0.0)
+    assert current.steps == (Collect(stray),)
+    assert current.settled
+
+
+def test_steps_on_different_modules_may_run_side_by_side() -> None:
+    wanted = Wanted(1, (module("a", "1", pinned=False), module("b", "2", pinned=False)))
+    steps = look(wanted, World()).steps
+    assert len({subject(step) for step in steps}) == len(steps) == 2

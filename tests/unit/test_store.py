@@ -1,0 +1,136 @@
+"""The state store: what it keeps over a restart, and what it refuses."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gatelet.agent.clock import SystemClock
+from gatelet.agent.store import (
+    KEPT_DEPLOYMENTS,
+    KEPT_JOURNAL,
+    StateStore,
+    StoreError,
+    document_hash,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "state.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[StateStore]:
+    store = StateStore(path, SystemClock())
+    yield store
+    store.close()
+
+
+def reopened(store: StateStore, path: Path) -> StateStore:
+    store.close()
+    return StateStore(path, SystemClock())
+
+
+def test_a_deployment_with_its_pins_survives_a_restart(store: StateStore, path: Path) -> None:
+    made = store.accept("iothub", 7, b"{}")
+    store.pin(made.generation, "digits", "sha256:aa")
+    store.pin(made.generation, "digits", "sha256:bb")
+    again = reopened(store, path)
+    assert again.latest() == made
+    assert again.pins(made.generation) == {"digits": "sha256:bb"}
+    assert again.last_good() is None
+    again.close()
+
+
+def test_a_newer_deployment_supersedes_only_those_being_applied(store: StateStore) -> None:
+    first = store.accept("iothub", 1, b"1")
+    store.set_phase(first.generation, "good")
+    second = store.accept("mqtt", 1, b"2")
+    store.set_phase(second.generation, "probation")
+    third = store.accept("local", 0, b"3")
+    phases = {d.generation: d.phase for d in store.deployments()}
+    assert phases == {
+        first.generation: "good",
+        second.generation: "superseded",
+        third.generation: "applying",
+    }
+    good = store.last_good()
+    assert good is not None
+    assert good.generation == first.generation
+
+
+def test_what_a_source_sent_last_is_known_with_its_code(store: StateStore, path: Path) -> None:
+    store.accept("iothub", 3, b"good")
+    store.refuse("mqtt", 4, b"bad", 400, "modules.a: no image")
+    store.note_version("iothub", 5)
+    again = reopened(store, path)
+    assert [(s.source, s.version, s.sha256, s.code, s.description) for s in again.seen()] == [
+        ("iothub", 5, document_hash(b"good"), 200, ""),
+        ("mqtt", 4, document_hash(b"bad"), 400, "modules.a: no image"),
+    ]
+    again.close()
+
+
+def test_history_is_bounded_and_the_last_good_deployment_outlives_it(store: StateStore) -> None:
+    good = store.accept("local", 0, b"good")
+    store.set_phase(good.generation, "good")
+    store.pin(good.generation, "a", "sha256:aa")
+    for number in range(KEPT_DEPLOYMENTS + 5):
+        store.accept("local", 0, str(number).encode())
+    kept = store.deployments()
+    assert len(kept) == KEPT_DEPLOYMENTS + 1
+    assert store.last_good() == next(d for d in kept if d.phase == "good")
+    assert store.pins(good.generation) == {"a": "sha256:aa"}
+
+
+def test_pins_go_with_their_deployment(store: StateStore) -> None:
+    first = store.accept("local", 0, b"first")
+    store.pin(first.generation, "a", "sha256:aa")
+    for number in range(KEPT_DEPLOYMENTS + 1):
+        store.accept("local", 0, str(number).encode())
+    assert store.pins(first.generation) == {}
+
+
+def test_the_journal_is_bounded(store: StateStore, path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.executemany(
+            "INSERT INTO journal (at, generation, step, outcome, message) "
+            "VALUES ('', 1, ?, '', '')",
+            [(str(number),) for number in range(KEPT_JOURNAL)],
+        )
+    db.close()
+    store.journal(1, "last", "done")
+    assert store.journal_tail(1)[0][2] == "last"
+    assert len(store.journal_tail(KEPT_JOURNAL * 2)) == KEPT_JOURNAL
+
+
+def test_a_failed_transaction_leaves_nothing_behind(store: StateStore) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        store.pin(4711, "a", "sha256:aa")  # no such deployment
+    assert store.pins(4711) == {}
+    store.accept("local", 0, b"1")
+
+
+def test_commits_are_durable(path: Path, store: StateStore) -> None:
+    (mode,) = store._db.execute("PRAGMA synchronous").fetchone()
+    (journal,) = store._db.execute("PRAGMA journal_mode").fetchone()
+    assert (mode, journal) == (2, "wal")
+
+
+def test_a_database_of_a_newer_release_is_refused(store: StateStore, path: Path) -> None:
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(StoreError, match=r"schema 99.*newer gatelet"):
+        StateStore(path, SystemClock())
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_bytes(b"not a database, " * 100)
+    with pytest.raises(StoreError, match=r"state\.db"):
+        StateStore(path, SystemClock())
