@@ -132,18 +132,19 @@ def build_reported(
     return fit_to_limit(document, limit)
 
 
-def shutdown_report(document: Mapping[str, Any]) -> Document:
+def shutdown_report(document: Mapping[str, Any], limit: int = TWIN_LIMIT_BYTES) -> Document:
     """`document` as it is reported when the agent stops: code 406, every runtimeStatus unknown."""
 
     def unknown(section: Mapping[str, Any]) -> Document:
         return {name: {**entry, "runtimeStatus": "unknown"} for name, entry in section.items()}
 
-    return {
+    stopped = {
         **document,
         "lastDesiredStatus": {"code": NOT_RUNNING, "description": "Agent is not running"},
         "systemModules": unknown(document.get("systemModules", {})),
         "modules": unknown(document.get("modules", {})),
     }
+    return fit_to_limit(stopped, limit)
 
 
 def fit_to_limit(document: Mapping[str, Any], limit: int = TWIN_LIMIT_BYTES) -> Document:
@@ -157,14 +158,17 @@ def fit_to_limit(document: Mapping[str, Any], limit: int = TWIN_LIMIT_BYTES) -> 
     if twin_size(document) < limit:
         return dict(document)
     current = _copy(document)
-    # Room for the device's own details is worth less than any module.
-    current.pop("gatelet", None)
-    omitted = ["details of the device"] if "gatelet" in document else []
+    device: Document = {"gatelet": dict(document.get("gatelet", {}))}
+    # A document that was cut before keeps saying what it lacks.
+    omitted: list[str] = list(device["gatelet"].pop("omitted", []))
     for name, cut in _CUTS:
         for entry in _entries(current):
             cut(entry)
-        omitted.append(name)
-        current["gatelet"] = {"omitted": omitted}
+        if cut in (_cut_detail_texts, _cut_details):
+            cut(device)
+        if name not in omitted:
+            omitted.append(name)
+        current["gatelet"] = {**device.get("gatelet", {}), "omitted": omitted}
         if twin_size(current) < limit:
             return current
     return _fewer_modules(current, omitted, limit)
@@ -334,9 +338,9 @@ def _cut_to_status(entry: Document) -> None:
 
 
 _CUTS: tuple[tuple[str, Callable[[Document], None]], ...] = (
-    ("long texts in details of modules", _cut_detail_texts),
+    ("long texts in details", _cut_detail_texts),
     ("ends of long descriptions", _cut_descriptions),
-    ("details of modules", _cut_details),
+    ("details", _cut_details),
     ("createOptions", _cut_create_options),
     ("env", _cut_env),
     ("times, counts and policies", _cut_all_but_status),
