@@ -1,0 +1,273 @@
+"""gatelet.control.v1.Scoring: loads, probes, routes and unloads models for the agent.
+
+Semantics are in protos/control.proto. Wrong arguments are INVALID_ARGUMENT, unknown instances
+NOT_FOUND (which the agent heals by loading), refusals FAILED_PRECONDITION.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import grpc
+
+from ...accelerators.backend import Backend
+from ...protos import control_pb2 as pb
+from .dataplane import DataPlane
+from .errors import InstanceRefused, InstanceUnavailable
+from .instances import Instance, State
+from .loading import InstanceOptions, Loaded
+from .routing import Route, Target, make_route
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_DRAIN_SECONDS = 30.0
+_MAX_NAME = 512
+
+_STATES = {
+    State.LOADED: pb.InstanceStatus.LOADED,
+    State.READY: pb.InstanceStatus.READY,
+    State.FAILED: pb.InstanceStatus.FAILED,
+}
+
+
+class ControlService:
+    """Thread-safe. Loading is serialised: two models opening at once would only slow each other
+    and every request down; `status` and `switch` do not wait for it."""
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        backends: Mapping[str, Backend],
+        *,
+        grpc_address: str = "",
+    ) -> None:
+        self._plane = plane
+        self._backends = backends
+        self._grpc_address = grpc_address
+        self._boot_id = str(uuid.uuid4())
+        self._loading = threading.Lock()
+        self._changing = threading.Lock()
+        self._loaded: dict[str, Loaded] = {}
+
+    def load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
+        if not request.instance or len(request.instance) > _MAX_NAME:
+            _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "instance must be named")
+        directory = Path(request.directory)
+        if not directory.is_absolute():
+            _refuse(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"directory {request.directory!r} must be an absolute path",
+            )
+        options = InstanceOptions(
+            backends=tuple(dict.fromkeys(request.options.backends)),
+            threads=request.options.threads,
+            timeout=request.options.timeout_ms / 1000 or None,
+        )
+        with self._loading:
+            loaded = self._loaded.get(request.instance)
+            if loaded is None:
+                loaded = self._open(request.instance, directory, options, context)
+            elif (loaded.directory, loaded.options) != (directory, options):
+                _refuse(
+                    context,
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"instance {request.instance!r} is already loaded from {loaded.directory} or "
+                    "with other options; unload it or choose another name",
+                )
+            else:
+                loaded.retry_missing()
+            return pb.LoadResponse(status=_status(loaded))
+
+    def _open(
+        self, name: str, directory: Path, options: InstanceOptions, context: grpc.ServicerContext
+    ) -> Loaded:
+        try:
+            loaded = Loaded(directory, options, self._backends, name)
+        except InstanceRefused as error:
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except InstanceUnavailable as error:
+            _refuse(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        with self._changing:
+            self._loaded[name] = loaded
+        members = ", ".join(f"{m.name} ({m.variant})" for m in loaded.instance.members)
+        log.info("loaded %s from %s on %s", name, directory, members)
+        return loaded
+
+    def probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
+        loaded = self._find(request.instance, context)
+        with self._loading:
+            try:
+                loaded.probe()
+            except InstanceUnavailable as error:
+                _refuse(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        if loaded.instance.state is State.FAILED:
+            log.warning("probe of %s failed: %s", request.instance, loaded.instance.error)
+        return pb.ProbeResponse(status=_status(loaded))
+
+    def switch(self, request: pb.SwitchRequest, context: grpc.ServicerContext) -> pb.SwitchResponse:
+        with self._changing:
+            routes: dict[str, Route[Instance]] = {}
+            for message in request.routes:
+                if not message.endpoint or message.endpoint in routes:
+                    _refuse(
+                        context,
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        f"endpoint {message.endpoint!r} must be named, and once",
+                    )
+                routes[message.endpoint] = self._route(message, context)
+            self._plane.switch(routes.values())
+        log.info("serving %s", ", ".join(map(_described, routes.values())) or "no endpoint")
+        return pb.SwitchResponse()
+
+    def _route(self, message: pb.Route, context: grpc.ServicerContext) -> Route[Instance]:
+        default: Target[Instance] | None = None
+        others: list[Target[Instance]] = []
+        for target in message.targets:
+            instance = self._find(target.instance, context).instance
+            if instance.state is not State.READY:
+                _refuse(
+                    context,
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"instance {instance.name!r} is {instance.state.value}, not ready"
+                    f"{': ' + instance.error if instance.error else ''}; probe it first",
+                )
+            made = Target(instance, instance.version, target.percent)
+            # The only target takes everything, named default or not.
+            if target.default or len(message.targets) == 1:
+                if default is not None:
+                    _refuse(
+                        context,
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        f"endpoint {message.endpoint!r} has two default targets; keep one",
+                    )
+                default = made
+            else:
+                others.append(made)
+        if default is None:
+            _refuse(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"endpoint {message.endpoint!r} has no default target",
+            )
+        try:
+            return make_route(message.endpoint, default, others)
+        except ValueError as error:
+            _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    def unload(self, request: pb.UnloadRequest, context: grpc.ServicerContext) -> pb.UnloadResponse:
+        with self._changing:
+            loaded = self._loaded.get(request.instance)
+            if loaded is None:
+                return pb.UnloadResponse()
+            for route in self._plane.table.routes.values():
+                if any(target.instance is loaded.instance for target in route.targets):
+                    _refuse(
+                        context,
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        f"endpoint {route.endpoint!r} routes to {request.instance!r}; switch first",
+                    )
+            # Out of sight at once: no later switch can name it while it drains.
+            del self._loaded[request.instance]
+        self._close(loaded, request.drain_ms / 1000 or _DEFAULT_DRAIN_SECONDS)
+        return pb.UnloadResponse()
+
+    def _close(self, loaded: Loaded, drain: float) -> None:
+        if loaded.instance.close(drain):
+            log.info("unloaded %s", loaded.instance.name)
+        else:
+            log.warning(
+                "unloaded %s although %d requests were still running after %.1f s",
+                loaded.instance.name,
+                loaded.instance.in_flight,
+                drain,
+            )
+
+    def status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        with self._changing:
+            loaded = list(self._loaded.values())
+        return pb.StatusResponse(
+            pid=os.getpid(),
+            instances=[_status(one) for one in loaded],
+            routes=[_route_message(route) for route in self._plane.table.routes.values()],
+            boot_id=self._boot_id,
+            grpc_address=self._grpc_address,
+        )
+
+    def retry_missing(self) -> None:
+        """Let backends that were unavailable when a model was loaded join it."""
+        with self._changing:
+            waiting = [loaded for loaded in self._loaded.values() if loaded.missing]
+        for loaded in waiting:
+            with self._loading:
+                for name in loaded.retry_missing():
+                    log.info("%s joined %s", name, loaded.instance.name)
+
+    def close(self) -> None:
+        """Close every instance without draining; for the end of the process."""
+        with self._changing:
+            loaded, self._loaded = list(self._loaded.values()), {}
+        for one in loaded:
+            one.instance.close(0.0)
+
+    def _find(self, name: str, context: grpc.ServicerContext) -> Loaded:
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            _refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"instance {name!r} is not loaded in this process; load it first",
+            )
+        return loaded
+
+
+def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
+    context.abort(code, message)
+
+
+def _status(loaded: Loaded) -> pb.InstanceStatus:
+    instance = loaded.instance
+    return pb.InstanceStatus(
+        instance=instance.name,
+        state=_STATES[instance.state],
+        error=instance.error,
+        model=instance.model,
+        version=instance.version,
+        backends=[
+            pb.BackendStatus(
+                name=report.name,
+                healthy=report.healthy,
+                detail=report.detail,
+                requests=report.requests,
+                failures=report.failures,
+                fallbacks=report.fallbacks,
+            )
+            for report in (member.report() for member in instance.members)
+        ],
+        notes=loaded.notes,
+    )
+
+
+def _route_message(route: Route[Instance]) -> pb.Route:
+    return pb.Route(
+        endpoint=route.endpoint,
+        targets=[
+            pb.RouteTarget(
+                instance=target.instance.name,
+                percent=target.percent,
+                default=target is route.default,
+            )
+            for target in route.targets
+        ],
+    )
+
+
+def _described(route: Route[Instance]) -> str:
+    shares: Sequence[str] = [f"{t.version} {t.percent}%" for t in route.targets]
+    return f"{route.endpoint} ({', '.join(shares)})"

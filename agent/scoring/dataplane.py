@@ -1,0 +1,157 @@
+"""Answers inference requests from whatever transport: route -> validate -> run."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+
+from .errors import Code, ScoringError
+from .instances import Instance
+from .routing import Route, RoutingTable, Target, choose
+from .types import (
+    InferenceRequest,
+    InferenceResponse,
+    ModelMetadata,
+    ServerMetadata,
+    Tensor,
+)
+from .validation import check_request
+
+_NAMES_IN_MESSAGE = 10
+
+
+class DataPlane:
+    """Thread-safe. The routing table is one immutable object that `switch` replaces, so a request
+    sees either the old or the new table."""
+
+    def __init__(
+        self,
+        version: str,
+        *,
+        draw: Callable[[], float] = random.random,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`version` is the server's; `draw` gives numbers uniform in [0, 1)."""
+        self._metadata = ServerMetadata("gatelet", version)
+        self._draw = draw
+        self._now = now
+        self._table: RoutingTable[Instance] | None = None
+        self._stopping = False
+
+    @property
+    def table(self) -> RoutingTable[Instance]:
+        return self._table or RoutingTable()
+
+    def switch(self, routes: Iterable[Route[Instance]]) -> None:
+        """Replace all routes at once."""
+        self._table = RoutingTable({route.endpoint: route for route in routes})
+
+    def stop(self) -> None:
+        """Report "not ready" from now on, so that balancers look elsewhere."""
+        self._stopping = True
+
+    def live(self) -> bool:
+        return True
+
+    def ready(self) -> bool:
+        """Whether routes have been set and every endpoint's default instance has a backend."""
+        table = self._table
+        return (
+            not self._stopping
+            and table is not None
+            and all(route.default.instance.healthy for route in table.routes.values())
+        )
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """False also for a model or version that is not deployed."""
+        route = self.table.routes.get(name)
+        if route is None or self._stopping:
+            return False
+        target = choose(route, version, 0.0) if version else route.default
+        return target is not None and target.instance.healthy
+
+    def server_metadata(self) -> ServerMetadata:
+        return self._metadata
+
+    def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
+        """Of the default version unless another is asked for. Raises ScoringError NOT_FOUND."""
+        route = self._route(name)
+        target = self._target(route, version, draw=1.0)
+        instance = target.instance
+        return ModelMetadata(
+            name=name,
+            versions=tuple(dict.fromkeys(target.version for target in route.targets)),
+            platform=instance.platform,
+            inputs=instance.inputs,
+            outputs=instance.outputs,
+            properties={"model": instance.model},
+        )
+
+    def infer(self, request: InferenceRequest) -> InferenceResponse:
+        """Raises ScoringError NOT_FOUND, INVALID_ARGUMENT, UNAVAILABLE, DEADLINE_EXCEEDED or
+        INTERNAL."""
+        target = self._claim(request)
+        instance = target.instance
+        try:
+            outputs = check_request(request, instance.inputs, instance.outputs)
+            results = instance.run(
+                {tensor.name: tensor.array for tensor in request.inputs},
+                outputs,
+                self._deadline(request, instance),
+            )
+        finally:
+            instance.end()
+        datatypes = {spec.name: spec.datatype for spec in instance.outputs}
+        return InferenceResponse(
+            request.model,
+            target.version,
+            tuple(Tensor(name, datatypes[name], results[name]) for name in outputs),
+            request.id,
+        )
+
+    def _claim(self, request: InferenceRequest) -> Target[Instance]:
+        draw = self._draw()
+        while True:
+            table = self._table
+            target = self._target(self._route(request.model), request.version, draw)
+            if target.instance.begin():
+                return target
+            # It is being closed: a switch happened since the table was read.
+            if table is self._table:
+                raise ScoringError(
+                    Code.UNAVAILABLE, f"model {request.model!r} is being unloaded; try again"
+                )
+
+    def _route(self, name: str) -> Route[Instance]:
+        routes = self.table.routes
+        route = routes.get(name)
+        if route is None:
+            known = sorted(routes)
+            shown = ", ".join(repr(n) for n in known[:_NAMES_IN_MESSAGE])
+            more = (
+                ""
+                if len(known) <= _NAMES_IN_MESSAGE
+                else f" and {len(known) - _NAMES_IN_MESSAGE} more"
+            )
+            raise ScoringError(
+                Code.NOT_FOUND,
+                f"model {name!r} is not deployed here; deployed: {shown or 'none'}{more}",
+            )
+        return route
+
+    def _target(self, route: Route[Instance], version: str, draw: float) -> Target[Instance]:
+        target = choose(route, version, draw)
+        if target is None:
+            versions = ", ".join(repr(target.version) for target in route.targets)
+            raise ScoringError(
+                Code.NOT_FOUND,
+                f"model {route.endpoint!r} has no version {version!r}; deployed: {versions}",
+            )
+        return target
+
+    def _deadline(self, request: InferenceRequest, instance: Instance) -> float | None:
+        if instance.timeout is None:
+            return request.deadline
+        own = self._now() + instance.timeout
+        return own if request.deadline is None else min(own, request.deadline)

@@ -1,0 +1,34 @@
+"""What can go wrong with a scoring request, in the words of every protocol served."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Code(Enum):
+    """gRPC's names; REST maps them to 404, 400, 503, 504, 501, 500 and 429."""
+
+    NOT_FOUND = "NOT_FOUND"
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    UNAVAILABLE = "UNAVAILABLE"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    INTERNAL = "INTERNAL"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+
+
+class ScoringError(Exception):
+    """A request that is answered with an error; `message` is for the client's developer."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class InstanceRefused(Exception):
+    """A model cannot be loaded or used as asked; only another model or request will do."""
+
+
+class InstanceUnavailable(Exception):
+    """A model cannot be loaded or probed for now; the same call may succeed later."""

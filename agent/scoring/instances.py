@@ -1,0 +1,268 @@
+"""A loaded model: its sessions in order of preference, and who is using them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+
+from ...accelerators.backend import Session
+from ...accelerators.errors import (
+    BackendError,
+    BackendUnavailable,
+    DeadlineExceeded,
+    InvalidTensor,
+)
+from ...accelerators.tensors import Array, TensorSpec
+from . import breaker as circuit
+from .errors import Code, ScoringError
+
+
+class State(Enum):
+    LOADED = "loaded"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """What one backend of an instance did. `fallbacks`: requests it passed on to the next."""
+
+    name: str
+    healthy: bool
+    detail: str
+    requests: int
+    failures: int
+    fallbacks: int
+
+
+class Member:
+    """One session of an instance, with its breaker and counts."""
+
+    def __init__(self, session: Session, variant: str, now: Callable[[], float]) -> None:
+        self.session = session
+        self.variant = variant
+        self.name = session.backend
+        self._now = now
+        self._lock = threading.Lock()
+        self._breaker = circuit.CLOSED
+        self._detail = ""
+        self._requests = 0
+        self._failures = 0
+        self._fallbacks = 0
+
+    def allowed(self) -> bool:
+        """Whether to ask it now; a trial after a pause is granted to one caller only."""
+        if not self.session.healthy:
+            return False
+        if self._breaker is circuit.CLOSED:
+            return True
+        with self._lock:
+            now = self._now()
+            if not circuit.allows(self._breaker, now):
+                return False
+            self._breaker = circuit.after_trial_begins(self._breaker, now)
+            return True
+
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, deadline: float | None
+    ) -> dict[str, Array]:
+        """As `Session.run`; counts, and keeps the breaker."""
+        try:
+            results = self.session.run(inputs, outputs, deadline)
+        except BackendError as error:
+            with self._lock:
+                self._requests += 1
+                if not isinstance(error, InvalidTensor):
+                    self._failures += 1
+                    self._detail = str(error)
+                if isinstance(error, BackendUnavailable):
+                    self._breaker = circuit.after_failure(self._breaker, self._now())
+                elif not isinstance(error, DeadlineExceeded):
+                    # It answered, if only with an error: the backend itself is there.
+                    self._breaker = circuit.CLOSED
+            raise
+        with self._lock:
+            self._requests += 1
+            if self._breaker is not circuit.CLOSED:
+                self._breaker = circuit.CLOSED
+                self._detail = ""
+        return results
+
+    def passed_on(self) -> None:
+        with self._lock:
+            self._fallbacks += 1
+
+    def report(self) -> BackendReport:
+        with self._lock:
+            closed = circuit.allows(self._breaker, self._now())
+            return BackendReport(
+                self.name,
+                self.session.healthy and closed,
+                self._detail or ("" if self.session.healthy else "the backend is away"),
+                self._requests,
+                self._failures,
+                self._fallbacks,
+            )
+
+
+class Instance:
+    """One version of a model, opened on one or more backends. Thread-safe.
+
+    `inputs` and `outputs` are model.json's. `timeout` bounds a request that brings no earlier
+    deadline, in seconds (None: unbounded).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        version: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        members: Sequence[Member],
+        *,
+        platform: str = "",
+        timeout: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.version = version
+        self.inputs = inputs
+        self.outputs = outputs
+        self.platform = platform
+        self.timeout = timeout
+        self.state = State.LOADED
+        self.error = ""
+        self._members = tuple(members)
+        self._now = now
+        self._idle = threading.Condition()
+        self._in_flight = 0
+        self._closing = False
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self._members
+
+    def add(self, member: Member, at: int) -> None:
+        """Take in a backend that could not be opened before, at its place in the preference."""
+        with self._idle:
+            if not self._closing:
+                members = list(self._members)
+                members.insert(at, member)
+                self._members = tuple(members)
+                return
+        member.session.close()
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a request may find a backend now."""
+        return any(member.session.healthy for member in self._members)
+
+    def begin(self) -> bool:
+        """Claim the instance for one request; False when it is being closed. Ends with `end`."""
+        with self._idle:
+            if self._closing:
+                return False
+            self._in_flight += 1
+            return True
+
+    def end(self) -> None:
+        with self._idle:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.notify_all()
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        deadline: float | None = None,
+    ) -> dict[str, Array]:
+        """Answer on the first backend that can, passing the request on while time is left.
+
+        Raises ScoringError: INVALID_ARGUMENT, DEADLINE_EXCEEDED, UNAVAILABLE, INTERNAL.
+        """
+        reasons: list[str] = []
+        members = self._members
+        skipped: list[Member] = []
+        for member in members:
+            if member.allowed():
+                answer = self._attempt(member, inputs, outputs, deadline, reasons)
+                if answer is not None:
+                    return answer
+            else:
+                skipped.append(member)
+            if member is not members[-1]:
+                member.passed_on()
+        # Nobody else could: one that is on probation is better than no answer.
+        for member in skipped:
+            if member.session.healthy:
+                answer = self._attempt(member, inputs, outputs, deadline, reasons)
+                if answer is not None:
+                    return answer
+            else:
+                reasons.append(f"{member.name}: away")
+        raise ScoringError(
+            Code.UNAVAILABLE,
+            f"model {self.model!r} version {self.version}: no backend can answer now "
+            f"({'; '.join(reasons)}); try again",
+        )
+
+    def _attempt(
+        self,
+        member: Member,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        reasons: list[str],
+    ) -> dict[str, Array] | None:
+        if deadline is not None and self._now() >= deadline:
+            raise self._too_late(reasons)
+        try:
+            return member.run(inputs, outputs, deadline)
+        except BackendUnavailable as error:
+            reasons.append(f"{member.name}: {error}")
+            return None
+        except DeadlineExceeded as error:
+            reasons.append(f"{member.name}: {error}")
+            raise self._too_late(reasons) from error
+        except InvalidTensor as error:
+            raise ScoringError(
+                Code.INVALID_ARGUMENT, f"model {self.model!r} refuses the request: {error}"
+            ) from error
+        except BackendError as error:
+            raise ScoringError(
+                Code.INTERNAL,
+                f"model {self.model!r} version {self.version} failed on this request "
+                f"({member.name}): {error}",
+            ) from error
+
+    def _too_late(self, reasons: Sequence[str]) -> ScoringError:
+        tried = f" ({'; '.join(reasons)})" if reasons else " before the model was run"
+        return ScoringError(
+            Code.DEADLINE_EXCEEDED,
+            f"model {self.model!r} version {self.version}: the deadline passed{tried}; "
+            "allow more time or send less at once",
+        )
+
+    def close(self, drain: float) -> bool:
+        """Refuse new requests, wait up to `drain` seconds for running ones, close the sessions.
+
+        Whether all running requests ended in time. Idempotent.
+        """
+        with self._idle:
+            self._closing = True
+            drained = self._idle.wait_for(lambda: self._in_flight == 0, timeout=drain)
+        for member in self._members:
+            with suppress(BackendError):
+                member.session.close()
+        return drained

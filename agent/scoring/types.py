@@ -1,0 +1,62 @@
+"""What crosses the data plane, in no protocol's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...accelerators.tensors import Array, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A named array; `array` has the dtype of `datatype` (BYTES: object array of `bytes`)."""
+
+    name: str
+    datatype: str
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """`version` "": routing decides. `outputs` (): all. `deadline`: of `time.monotonic()`."""
+
+    model: str
+    inputs: tuple[Tensor, ...]
+    version: str = ""
+    id: str = ""
+    outputs: tuple[str, ...] = ()
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResponse:
+    """`version` is the one that answered."""
+
+    model: str
+    version: str
+    outputs: tuple[Tensor, ...]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMetadata:
+    name: str
+    version: str
+    extensions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    """`versions` are those that the endpoint routes to, the default one first."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    properties: Mapping[str, str] = field(default_factory=dict)
