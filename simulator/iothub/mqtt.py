@@ -1,0 +1,171 @@
+"""A hub's MQTT side: sessions, and messages that reach one client only.
+
+As Azure's: 3.1.1, QoS 0 and 1, lasting sessions whose subscriptions survive the connection (here
+the process too), one connection per client id, the newest, and a close for whatever is not allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from ..mqtt.connection import Accepted, Connection, Limits, Refused
+from ..mqtt.packets import (
+    V311,
+    Connect,
+    Disconnect,
+    Publish,
+    ReasonCode,
+    Subscribe,
+    Subscription,
+    Unsubscribe,
+)
+from ..mqtt.session import NEVER, Session
+from ..mqtt.topics import matches
+from .device_topics import handle_publish, may_subscribe
+from .devices import ClientId
+from .errors import HubError
+from .hub import TELEMETRY_LIMIT, Hub
+
+_log = logging.getLogger(__name__)
+
+# Payload, topic with its property bag, and header.
+LIMITS = Limits(
+    versions=frozenset({V311}),
+    max_packet_size=TELEMETRY_LIMIT + 64 * 1024 + 16,
+    maximum_qos=1,
+)
+
+
+class DeviceLink:
+    """A client's connection; what `Connection.tag` holds."""
+
+    def __init__(self, client: ClientId, connection: Connection, session: Session) -> None:
+        self.client = client
+        self.session = session
+        self._connection = connection
+
+    def subscribed(self, topic: str) -> bool:
+        return self._granted(topic) is not None
+
+    def deliver(self, topic: str, payload: bytes) -> None:
+        qos = self._granted(topic)
+        if qos is None:
+            return
+        # An answer is worth nothing to the next connection; a notification is repeated to it.
+        if topic.startswith(("$iothub/twin/res/", "$iothub/methods/")):
+            qos = 0
+        self._connection.publish(Publish(topic, payload, qos=qos))
+
+    def drop(self, reason: str) -> None:
+        self._connection.abort(reason)
+
+    async def wait_closed(self) -> None:
+        await self._connection.wait_closed()
+
+    def _granted(self, topic: str) -> int | None:
+        subscriptions = self.session.subscriptions.values()
+        granted = [one.qos for one in subscriptions if matches(one.topic_filter, topic)]
+        return max(granted, default=None)
+
+
+class DeviceServer:
+    """The `Handler` of every device connection of one hub."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._sessions: dict[ClientId, Session] = {}
+
+    async def on_connect(self, connection: Connection, connect: Connect) -> Accepted | Refused:
+        hub = self._hub
+        try:
+            password = (connect.password or b"").decode("utf-8", "replace")
+            client = hub.authenticate(connect.client_id, connect.username, password)
+        except HubError as error:
+            _log.info("refused %r: %s", connect.client_id, error)
+            code = (
+                ReasonCode.CLIENT_IDENTIFIER_NOT_VALID
+                if error.status == 400
+                else ReasonCode.NOT_AUTHORIZED
+            )
+            return Refused(code, str(error))
+        if hub.faults.take("refuse_connects"):
+            return Refused(ReasonCode.NOT_AUTHORIZED, "refused on request")
+        while (old := hub.link(client)) is not None:
+            old.drop("another connection took this client id")
+            await old.wait_closed()
+        forget = hub.faults.take("forget_sessions") or connect.clean_start
+        session, present = self._session(client, forget=forget)
+        session.expiry_interval = 0 if connect.clean_start else NEVER
+        connection.tag = link = DeviceLink(client, connection, session)
+        hub.attach(client, link)
+        return Accepted(session, present)
+
+    async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+        link: DeviceLink = connection.tag
+        try:
+            handle_publish(self._hub, link.client, link, publish.topic, publish.payload)
+        except HubError as error:
+            _log.info("closing %s: %s", link.client, error)
+            connection.abort(str(error))
+            return None
+        if publish.qos and self._hub.faults.take("drop_before_ack"):
+            connection.abort("dropped before PUBACK on request")
+            return None
+        if publish.qos and self._hub.faults.take("drop_after_ack"):
+            # The acknowledgement is written when this returns.
+            asyncio.get_running_loop().call_soon(connection.close)
+        return ReasonCode.SUCCESS
+
+    async def on_subscribe(self, connection: Connection, subscribe: Subscribe) -> Sequence[int]:
+        link: DeviceLink = connection.tag
+        codes: list[int] = []
+        for wanted in subscribe.subscriptions:
+            if may_subscribe(link.client, wanted.topic_filter):
+                granted = Subscription(wanted.topic_filter, min(wanted.qos, LIMITS.maximum_qos))
+                link.session.subscriptions[wanted.topic_filter] = granted
+                codes.append(granted.qos)
+            else:
+                codes.append(ReasonCode.UNSPECIFIED_ERROR)
+        self._subscriptions_changed(link)
+        return codes
+
+    async def on_unsubscribe(
+        self, connection: Connection, unsubscribe: Unsubscribe
+    ) -> Sequence[int]:
+        link: DeviceLink = connection.tag
+        for topic_filter in unsubscribe.topic_filters:
+            link.session.subscriptions.pop(topic_filter, None)
+        self._subscriptions_changed(link)
+        return [ReasonCode.SUCCESS] * len(unsubscribe.topic_filters)
+
+    async def on_disconnect(
+        self, connection: Connection, disconnect: Disconnect | None, reason: str
+    ) -> None:
+        link: DeviceLink = connection.tag
+        self._hub.detach(link.client, link)
+        if link.session.expiry_interval == 0:
+            link.session.end()
+            self._sessions.pop(link.client, None)
+
+    def _session(self, client: ClientId, *, forget: bool) -> tuple[Session, bool]:
+        """The client's session and whether it existed."""
+        stored = self._hub.state.subscriptions.get(client)
+        session = self._sessions.get(client)
+        if forget:
+            if session is not None:
+                session.end()
+            self._hub.subscriptions_changed(client, {})
+            session = stored = None
+        present = session is not None or stored is not None
+        if session is None:
+            session = Session(str(client))
+            session.subscriptions = {f: Subscription(f, qos) for f, qos in (stored or {}).items()}
+            self._sessions[client] = session
+        return session, present
+
+    def _subscriptions_changed(self, link: DeviceLink) -> None:
+        lasting = link.session.expiry_interval > 0
+        filters = {f: one.qos for f, one in link.session.subscriptions.items()}
+        self._hub.subscriptions_changed(link.client, filters if lasting else {})

@@ -1,0 +1,196 @@
+"""An IoT Hub on this machine: MQTT for devices, REST for the service side, both over TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from pathlib import Path
+
+from aiohttp import web
+
+from ...agent.clock import Clock, SystemClock
+from ..mqtt.connection import Connection
+from ..pki import Pki
+from . import state as states
+from .devices import ClientId, Identity
+from .faults import Faults
+from .hub import Hub
+from .mqtt import LIMITS, DeviceServer
+from .rest import make_application
+from .telemetry import TelemetryStore
+
+_log = logging.getLogger(__name__)
+_SAVE_DELAY = 0.05
+_CLOSE_SECONDS = 2.0
+_LOOPBACK = "127.0.0.1"
+
+
+class IotHub:
+    """One hub under any `host_name`, on ports of the loopback interface chosen by the system.
+
+    Devices reach it by that name through a ConnectProxy route "{host_name}:8883", with `pki`'s CA
+    as their `server_verification_cert`. With `state_dir` identities, twins, keys and sessions
+    survive a restart (telemetry does not); without, nothing is written.
+    """
+
+    def __init__(
+        self,
+        host_name: str,
+        pki: Pki,
+        clock: Clock | None = None,
+        state_dir: Path | None = None,
+    ) -> None:
+        """Raises state.StateUnreadable when `state_dir` holds something else."""
+        self._pki = pki
+        self._file = None if state_dir is None else state_dir / "hub.json"
+        state = states.HubState() if self._file is None else states.load(self._file)
+        self.core = Hub(host_name, state, clock or SystemClock(), self._state_changed)
+        self._devices = DeviceServer(self.core)
+        self._save_timer: asyncio.TimerHandle | None = None
+        self._reserved: socket.socket | None = None
+        self._mqtt: asyncio.Server | None = None
+        self._rest: web.AppRunner | None = None
+        self._rest_port = 0
+
+    # Where it is, and what it takes to get in.
+
+    @property
+    def host_name(self) -> str:
+        return self.core.host_name
+
+    @property
+    def mqtt_port(self) -> int:
+        """Stays the same from `start` to `stop`, also while paused."""
+        if self._reserved is None:
+            raise RuntimeError("the hub is not started")
+        return int(self._reserved.getsockname()[1])
+
+    @property
+    def rest_port(self) -> int:
+        if not self._rest_port:
+            raise RuntimeError("the hub is not started")
+        return self._rest_port
+
+    @property
+    def rest_url(self) -> str:
+        return f"https://localhost:{self.rest_port}"
+
+    def identity(self, device: str, module: str | None = None) -> Identity:
+        """The identity, created with fresh keys (its device too) where it is missing."""
+        for client in (ClientId(device), ClientId(device, module or "")):
+            if client not in self.core.state.registry:
+                self.core.put_identity(client, {})
+        return self.core.state.registry.get(ClientId(device, module or ""))
+
+    def connection_string(self, device: str, module: str | None = None) -> str:
+        """For azure-iot-device; the identity is created where it is missing."""
+        identity = self.identity(device, module)
+        parts = [f"HostName={self.host_name}", f"DeviceId={device}"]
+        if module:
+            parts.append(f"ModuleId={module}")
+        return ";".join([*parts, f"SharedAccessKey={identity.primary_key}"])
+
+    @property
+    def service_connection_string(self) -> str:
+        """For azure-iot-hub and `az iot`, with the REST port in its HostName."""
+        policy, key = next(iter(self.core.state.policies.items()))
+        host = f"localhost:{self.rest_port}"
+        return f"HostName={host};SharedAccessKeyName={policy};SharedAccessKey={key}"
+
+    @property
+    def telemetry(self) -> TelemetryStore:
+        return self.core.telemetry
+
+    @property
+    def faults(self) -> Faults:
+        return self.core.faults
+
+    # Its life.
+
+    async def start(self) -> None:
+        """Raises OSError; nothing stays open then."""
+        try:
+            # A second, silent socket on the port keeps it ours while the hub is paused.
+            self._reserved = socket.socket()
+            self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._reserved.bind((_LOOPBACK, 0))
+            await self.resume()
+            await self._start_rest()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start_rest(self) -> None:
+        self._rest = web.AppRunner(
+            make_application(self.core), access_log=None, shutdown_timeout=_CLOSE_SECONDS
+        )
+        await self._rest.setup()
+        site = web.TCPSite(self._rest, _LOOPBACK, 0, ssl_context=self._tls())
+        await site.start()
+        self._rest_port = int(self._rest.addresses[0][1])
+
+    async def stop(self) -> None:
+        await self.pause()
+        if self._rest is not None:
+            await self._rest.cleanup()
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
+        self._rest, self._rest_port = None, 0
+        if self._save_timer is not None:
+            self._save_timer.cancel()
+            self._save()
+
+    # Faults of the whole hub; `faults` has the countable ones.
+
+    async def pause(self) -> None:
+        """Drops every device and refuses connections until `resume`; REST goes on."""
+        if self._mqtt is None:
+            return
+        server, self._mqtt = self._mqtt, None
+        server.close()
+        self.drop_connections()
+        # From Python 3.12 this also waits for connections that are still shaking hands.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(server.wait_closed(), _CLOSE_SECONDS)
+
+    async def resume(self) -> None:
+        """Raises OSError."""
+        if self._mqtt is not None:
+            return
+        self._mqtt = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self._devices, LIMITS),
+            _LOOPBACK,
+            self.mqtt_port,
+            ssl=self._tls(),
+            reuse_port=True,
+        )
+
+    def drop_connections(self) -> None:
+        """Cuts every device's connection; the hub goes on."""
+        self.core.drop_connections()
+
+    def _tls(self) -> ssl.SSLContext:
+        return self._pki.server_context([self.host_name, "localhost", _LOOPBACK])
+
+    def _state_changed(self) -> None:
+        if self._file is None or self._save_timer is not None:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._save()  # set up before the event loop runs
+        else:
+            self._save_timer = loop.call_later(_SAVE_DELAY, self._save)
+
+    def _save(self) -> None:
+        self._save_timer = None
+        if self._file is None:
+            return
+        try:
+            states.save(self._file, self.core.state)
+        except OSError as error:
+            _log.error("the hub's state is not saved: %s", error)
