@@ -158,15 +158,17 @@ def fit_to_limit(document: Mapping[str, Any], limit: int = TWIN_LIMIT_BYTES) -> 
     if twin_size(document) < limit:
         return dict(document)
     current = _copy(document)
-    device: Document = {"gatelet": dict(document.get("gatelet", {}))}
+    details = dict(document.get("gatelet", {}))
     # A document that was cut before keeps saying what it lacks.
-    omitted: list[str] = list(device["gatelet"].pop("omitted", []))
+    omitted: list[str] = list(details.pop("omitted", []))
+    device: Document = {"gatelet": details} if details else {}
     for name, cut in _CUTS:
+        before = twin_size([_entries(current), device])
         for entry in _entries(current):
             cut(entry)
         if cut in (_cut_detail_texts, _cut_details):
             cut(device)
-        if name not in omitted:
+        if name not in omitted and twin_size([_entries(current), device]) != before:
             omitted.append(name)
         current["gatelet"] = {**device.get("gatelet", {}), "omitted": omitted}
         if twin_size(current) < limit:

@@ -227,6 +227,11 @@ def test_what_the_device_says_of_itself_stays_while_it_is_short() -> None:
     }
 
 
+def test_only_what_was_there_is_called_omitted() -> None:
+    document = build(modules=[ModuleState(ModuleSpec(f"m{number}", "a:1")) for number in range(90)])
+    assert omitted(document) == ["createOptions", "env", "times, counts and policies"]
+
+
 def test_with_too_many_modules_the_troubled_ones_stay() -> None:
     document = build(modules=crowd(3000, 1))
     assert twin_size(document) < TWIN_LIMIT_BYTES
