@@ -55,15 +55,11 @@ class ImageLayout:
         if len(index.manifests) > 1:
             raise InvalidImage(f"{source}: holds {len(index.manifests)} images, expected one")
         self.top = index.manifests[0]
-        raw = self.read(self.top, MAX_MANIFEST_BYTES)
-        document = parse_manifest(raw, f"{source} {self.top.digest}")
+        self.image = self.top
+        document = self._document(self.top)
         if isinstance(document, Index):
-            chosen = choose_platform(document, "amd64", str(source))
-            self.children: tuple[Descriptor, ...] = document.manifests
-            raw = self.read(chosen, MAX_MANIFEST_BYTES)
-            document = parse_manifest(raw, f"{source} {chosen.digest}")
-        else:
-            self.children = ()
+            self.image = choose_platform(document, "amd64", str(source))
+            document = self._document(self.image)
         if not isinstance(document, Manifest):
             raise InvalidImage(f"{source}: an index inside an index; expected an image")
         self.manifest = document
@@ -73,9 +69,14 @@ class ImageLayout:
             len(document.layers),
         )
 
+    def _document(self, descriptor: Descriptor) -> Manifest | Index:
+        raw = self.read(descriptor, MAX_MANIFEST_BYTES)
+        return parse_manifest(raw, f"{self.source} {descriptor.digest}")
+
     @property
     def digest(self) -> str:
-        return self.top.digest
+        """Of the image itself (inside an index, when the layout has one)."""
+        return self.image.digest
 
     def read(self, descriptor: Descriptor, limit: int) -> bytes:
         """A small blob, verified. Raises InvalidImage, DigestMismatch."""
@@ -161,7 +162,7 @@ def write_index(layout: Path, top: Descriptor) -> None:
 def write_layout_tar(layout: Path, file: BinaryIO) -> None:
     """The image of a layout folder as one reproducible tar file. Raises InvalidImage."""
     image = open_layout(layout)
-    if image.children:
+    if image.image != image.top:
         raise InvalidImage(f"{layout}: holds an index; expected one image")
     digests = {part.digest for part in (image.top, image.manifest.config, *image.manifest.layers)}
     file.write(directory_header("blobs") + directory_header("blobs/sha256"))
