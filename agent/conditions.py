@@ -9,6 +9,7 @@ from typing import Any
 
 from .plan import Failure, InstanceView, Load, Probe, Pull, Step, WantedModule
 from .reconcile import Snapshot
+from .reported import RuntimeStatus
 from .steps import LoadedModel, Progress
 
 
@@ -30,7 +31,7 @@ class Condition:
     """
 
     module: str
-    status: str
+    status: RuntimeStatus
     description: str
     digest: str | None
     start: Start | None
@@ -95,7 +96,7 @@ def _condition(snapshot: Snapshot, module: WantedModule, start: Start | None) ->
     return Condition(module.name, status, description, module.digest, start, details)
 
 
-def _judge(snapshot: Snapshot, module: WantedModule, loaded: LoadedModel | None) -> tuple[str, str]:
+def _judge(snapshot: Snapshot, module: WantedModule, loaded: LoadedModel | None) -> tuple[RuntimeStatus, str]:
     if not module.running:
         return "stopped", "stopped as the deployment asks"
     failure = _failure(snapshot, module.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class ControlServer:
         self,
         socket: Path,
         apply: Callable[[bytes], Verdict],
-        status: Callable[[], dict[str, Any]],
+        status: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._socket = socket
         self._apply = apply
@@ -70,7 +70,7 @@ class _Service:
     async def status(
         self, request: pb.AgentStatusRequest, context: object
     ) -> pb.AgentStatusResponse:
-        return pb.AgentStatusResponse(json=msgspec.json.encode(self._server._status()))
+        return pb.AgentStatusResponse(json=msgspec.json.encode(await self._server._status()))
 
     async def watch(
         self, request: pb.AgentStatusRequest, context: object
@@ -79,9 +79,9 @@ class _Service:
         changed = self._server._changed
         while True:
             async with changed:
-                encoded = msgspec.json.encode(self._server._status())
+                encoded = msgspec.json.encode(await self._server._status())
                 while encoded == last:
                     await changed.wait()
-                    encoded = msgspec.json.encode(self._server._status())
+                    encoded = msgspec.json.encode(await self._server._status())
             last = encoded
             yield pb.AgentStatusResponse(json=encoded)

@@ -1,0 +1,119 @@
+"""The agent's hold on model images: pulls into the content store, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from ..modules.errors import ImageError
+from ..modules.oci.client import RegistryClient
+from ..modules.oci.pull import PullProgress, pull_model_image, resolve
+from ..modules.oci.reference import ImageRef
+from ..modules.oci.store import ContentStore
+from ..modules.oci.transport import RegistrySettings
+from .config import ConfigError, RegistryConfig, read_secret
+from .steps import Progress, StepFailed
+
+T = TypeVar("T")
+
+Credentials = tuple[tuple[str, str, str], ...]
+
+
+class RegistryImages:
+    """`Images` on OCI registries and a folder. `board` and `part` choose the overlay variants."""
+
+    def __init__(
+        self,
+        folder: Path,
+        registries: tuple[RegistryConfig, ...],
+        board: str | None,
+        part: str | None,
+    ) -> None:
+        self._store = ContentStore(folder)
+        self._registries = {registry.address: registry for registry in registries}
+        self._board = board
+        self._part = part
+
+    async def stored(self) -> frozenset[str]:
+        return frozenset(image.digest for image in self._store.images())
+
+    async def pull(
+        self,
+        image: str,
+        credentials: Credentials,
+        on_resolved: Callable[[str], None],
+        on_progress: Callable[[Progress], None],
+    ) -> str:
+        loop = asyncio.get_running_loop()
+        cancelled = threading.Event()
+
+        def progress(now: PullProgress) -> None:
+            loop.call_soon_threadsafe(
+                on_progress,
+                Progress(
+                    now.phase, now.bytes_done, now.bytes_total, now.layers_done, now.layers_total
+                ),
+            )
+
+        def resolved(digest: str) -> None:
+            loop.call_soon_threadsafe(on_resolved, digest)
+
+        def work() -> str:
+            ref = ImageRef.parse(image)
+            with RegistryClient(self._settings(ref.registry, credentials)) as client:
+                digest = resolve(client, ref)
+                resolved(digest)
+                stored = pull_model_image(
+                    client,
+                    self._store,
+                    ref.pinned(digest),
+                    board=self._board,
+                    part=self._part,
+                    progress=progress,
+                    cancelled=cancelled.is_set,
+                )
+            return stored.digest
+
+        try:
+            return await _in_thread(work)
+        finally:
+            # The thread of a cancelled pull ends at its next block.
+            cancelled.set()
+
+    async def model_directory(self, digest: str) -> Path:
+        image = self._store.get(digest)
+        if image is None:
+            raise StepFailed(f"image {digest} is no longer in the store", retryable=True)
+        return image.model_dir
+
+    async def remove(self, digest: str) -> None:
+        await _in_thread(lambda: self._store.remove(digest))
+
+    def _settings(self, address: str, credentials: Credentials) -> RegistrySettings:
+        """The device's settings for `address`, with the manifest's login when it brings one."""
+        known = self._registries.get(address, RegistryConfig(address))
+        username = known.username
+        password = read_secret(known.password, known.password_file, "registry.password-file")
+        for login, name, secret in credentials:
+            if login == address:
+                username, password = name, secret
+                break
+        return RegistrySettings(
+            address,
+            username=username or None,
+            password=password or None,
+            ca_file=known.ca_file,
+            insecure=known.insecure,
+        )
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    try:
+        return await asyncio.to_thread(work)
+    except ImageError as error:
+        raise StepFailed(str(error), retryable=error.retryable) from error
+    except ConfigError as error:
+        raise StepFailed(str(error), retryable=True) from error

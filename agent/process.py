@@ -1,0 +1,283 @@
+"""The agent process: puts the control loop, the transports and the control service together."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .clock import Clock, SystemClock
+from .conditions import Condition, Start, conditions, note_starts
+from .config import AgentConfig, ConfigError, read_secret
+from .control_server import ControlServer
+from .images import RegistryImages
+from .publish import Publisher
+from .reconcile import Reconciler, ReconcileSettings, Snapshot, Verdict
+from .reported import (
+    AgentVersion,
+    DesiredStatus,
+    ModuleState,
+    Platform,
+    build_reported,
+    shutdown_report,
+)
+from .roles import board_of
+from .scoring_link import ScoringLink
+from .status import deployment_document, desired_status, status_document
+from .steps import Executor, StepFailed
+from .store import StateStore, StoreError
+from .twin.transport import MethodResult, TwinTransport
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 2.0
+LOCAL = "local"
+
+
+async def run_agent(config: AgentConfig) -> int:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with _only_one(config.device.state_dir):
+        try:
+            store = StateStore(config.device.state_dir / "state.db", SystemClock())
+        except StoreError as error:
+            raise ConfigError(str(error)) from error
+        try:
+            await Agent(config, store, SystemClock(), transports(config)).run(stop)
+        finally:
+            store.close()
+    return 0
+
+
+class Agent:
+    """One device's control plane."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        store: StateStore,
+        clock: Clock,
+        links: tuple[TwinTransport, ...],
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._clock = clock
+        self._board = board_of(config)
+        self._images = RegistryImages(
+            config.device.state_dir / "images",
+            config.registry,
+            None if self._board is None else self._board.name,
+            None if self._board is None else self._board.part,
+        )
+        self._scoring = ScoringLink(config.scoring_socket)
+        self._reconciler = Reconciler(
+            store,
+            Executor(self._images, self._scoring, store.pin),
+            clock,
+            ReconcileSettings(
+                config.deployment.probation_seconds,
+                config.deployment.retry_base_seconds,
+                config.deployment.retry_cap_seconds,
+            ),
+            self._publish,
+        )
+        self._publisher = Publisher(
+            links, self._reconciler.submit, {"ping": _ping}, self._reconciler.wake
+        )
+        self._control = ControlServer(config.agent_socket, self._apply, self._status)
+        self._snapshot = Snapshot()
+        self._starts: dict[str, Start] = {}
+        self._notices: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set or a part of the agent fails, whose error is raised."""
+        await self._control.start()
+        log.info("agent ready on %s", self._config.agent_socket)
+        jobs = [
+            asyncio.ensure_future(job)
+            for job in (stop.wait(), self._reconciler.run(), self._publisher.run())
+        ]
+        try:
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            for job in done:
+                job.result()
+        finally:
+            self._say_goodbye()
+            await self._publisher.flush(FLUSH_SECONDS)
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            await self._control.stop()
+            await self._scoring.close()
+
+    def _apply(self, manifest: bytes) -> Verdict:
+        return self._reconciler.submit(LOCAL, 0, manifest, always=True)
+
+    # -- reports -------------------------------------------------------------------------------
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._starts = note_starts(self._starts, snapshot, self._clock.now())
+        for source in self._publisher.sources():
+            self._publisher.publish(source, self._report(source))
+        notice = asyncio.ensure_future(self._control.changed())
+        self._notices.add(notice)
+        notice.add_done_callback(self._notices.discard)
+
+    def _say_goodbye(self) -> None:
+        for source in self._publisher.sources():
+            self._publisher.publish(source, shutdown_report(self._report(source)))
+
+    def _report(self, source: str) -> dict[str, Any]:
+        snapshot = self._snapshot
+        latest, last_good = self._store.latest(), self._store.last_good()
+        seen = {entry.source: entry for entry in self._store.seen()}
+        manifest = snapshot.manifest
+        specs = {} if manifest is None else {spec.name: spec for spec in manifest.modules}
+        system = {} if manifest is None else {m.name: m for m in manifest.system_modules}
+        details: dict[str, Any] = {
+            "device": self._config.device_id,
+            "deployment": deployment_document(snapshot, latest, last_good),
+        }
+        if self._board is not None:
+            details["board"] = {"name": self._board.name, "part": self._board.part}
+        provided = "provided by gatelet"
+        return build_reported(
+            version=AgentVersion(version("gatelet")),
+            platform=Platform(platform.system().lower(), platform.machine(), platform.release()),
+            desired=DesiredStatus(*desired_status(source, seen.get(source), latest, last_good)),
+            modules=[
+                _module_state(condition, specs[condition.module])
+                for condition in conditions(snapshot, self._starts)
+            ],
+            edge_agent=_system(system.get("edgeAgent"), provided),
+            edge_hub=_system(system.get("edgeHub"), provided),
+            runtime=None if manifest is None else manifest.runtime,
+            details=details,
+        )
+
+    async def _status(self) -> dict[str, Any]:
+        # What the scoring process counts is asked for now: the last pass may be seconds old.
+        try:
+            scoring = await self._scoring.status()
+        except StepFailed:
+            scoring = None
+        snapshot = replace(self._snapshot, scoring=scoring)
+        return status_document(
+            self._config.device_id,
+            snapshot,
+            conditions(snapshot, self._starts),
+            self._store.latest(),
+            self._store.last_good(),
+            self._store.seen(),
+            self._publisher.links(),
+            _processes(self._config.processes_file),
+        )
+
+
+def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
+    """The transports that the configuration asks for. Raises ConfigError."""
+    links: list[TwinTransport] = []
+    if config.iothub is not None:
+        from .twin.iothub import IotHubSettings, IotHubTransport
+
+        hub = config.iothub
+        links.append(
+            IotHubTransport(
+                IotHubSettings(
+                    read_secret(
+                        hub.connection_string,
+                        hub.connection_string_file,
+                        "iothub.connection-string-file",
+                    ),
+                    ca_file=hub.ca_file,
+                    proxy=hub.proxy or None,
+                    websockets=hub.websockets,
+                )
+            )
+        )
+    if config.mqtt is not None:
+        from .twin.mqtt import MqttSettings, MqttTransport
+
+        mqtt = config.mqtt
+        links.append(
+            MqttTransport(
+                MqttSettings(
+                    host=mqtt.host,
+                    port=mqtt.port,
+                    prefix=mqtt.prefix,
+                    device_id=config.device_id,
+                    username=mqtt.username or None,
+                    password=read_secret(mqtt.password, mqtt.password_file, "mqtt.password-file")
+                    or None,
+                    ca_file=mqtt.ca_file,
+                    cert_file=mqtt.cert_file,
+                    key_file=mqtt.key_file,
+                )
+            )
+        )
+    return tuple(links)
+
+
+def _module_state(condition: Condition, spec: Any) -> ModuleState:
+    start = condition.start
+    details = dict(condition.details)
+    if "backends" in details:
+        # Counters would make every report differ from the one before: they are metrics, not state.
+        details["backends"] = {
+            name: {key: value for key, value in backend.items() if key in ("healthy", "detail")}
+            for name, backend in details["backends"].items()
+        }
+    return ModuleState(
+        spec,
+        condition.status,
+        condition.description,
+        image_hash=condition.digest,
+        started=start.at if start else None,
+        restarted=start.at if start and start.restarts else None,
+        restart_count=start.restarts if start else 0,
+        details=details,
+    )
+
+
+def _system(spec: Any, description: str) -> ModuleState | None:
+    return None if spec is None else ModuleState(spec, "running", description)
+
+
+async def _ping(payload: Any) -> MethodResult:
+    return MethodResult(200, None)
+
+
+def _processes(file: Path) -> dict[str, Any]:
+    """What `gatelet run` supervises; empty where systemd does."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {"agent": {"pid": os.getpid()}}
+    return dict(found)
+
+
+@contextmanager
+def _only_one(state_dir: Path) -> Iterator[None]:
+    """Hold the lock that keeps a second agent away from the same state. Raises ConfigError."""
+    with open(state_dir / "agent.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another agent already runs on {state_dir}; stop it, or give this one its own "
+                "state-dir and run-dir"
+            ) from error
+        yield
