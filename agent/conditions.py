@@ -96,7 +96,9 @@ def _condition(snapshot: Snapshot, module: WantedModule, start: Start | None) ->
     return Condition(module.name, status, description, module.digest, start, details)
 
 
-def _judge(snapshot: Snapshot, module: WantedModule, loaded: LoadedModel | None) -> tuple[RuntimeStatus, str]:
+def _judge(
+    snapshot: Snapshot, module: WantedModule, loaded: LoadedModel | None
+) -> tuple[RuntimeStatus, str]:
     if not module.running:
         return "stopped", "stopped as the deployment asks"
     failure = _failure(snapshot, module.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,6 +83,17 @@ class RegistryImages:
         finally:
             # The thread of a cancelled pull ends at its next block.
             cancelled.set()
+
+    async def find(self, image: str) -> str | None:
+        try:
+            wanted = ImageRef.parse(image)
+        except ImageError as error:
+            raise StepFailed(str(error), retryable=error.retryable) from error
+        for stored in self._store.images():
+            known = ImageRef.parse(stored.reference)
+            if stored.digest == wanted.digest or wanted == replace(known, digest=None):
+                return stored.digest
+        return None
 
     async def model_directory(self, digest: str) -> Path:
         image = self._store.get(digest)

@@ -73,11 +73,15 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Resolve the image name to a digest, pin it, and bring the image into the store, verified."""
+    """Resolve the image name to a digest, pin it, and bring the image into the store, verified.
+
+    With `only_local` (imagePullPolicy never) an image that is not in the store is an error.
+    """
 
     generation: int
     module: str
     image: str
+    only_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +268,7 @@ def _ready_endpoints(wanted: Wanted, observed: Observed) -> set[str]:
 
 def _next_step(module: WantedModule, generation: int, observed: Observed) -> Step | None:
     if module.digest is None or module.instance is None or module.digest not in observed.images:
-        return Pull(generation, module.name, module.image)
+        return Pull(generation, module.name, module.image, not module.may_pull)
     if not observed.scoring_up:
         return None
     state = _state(observed, module.instance)

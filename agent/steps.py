@@ -105,6 +105,9 @@ class Images(Protocol):
         is kept for the next attempt.
         """
 
+    async def find(self, image: str) -> str | None:
+        """The digest of the stored image that was pulled by this name, None if there is none."""
+
     async def model_directory(self, digest: str) -> Path: ...
 
     async def remove(self, digest: str) -> None: ...
@@ -143,7 +146,17 @@ class Executor:
             def pin(digest: str) -> None:
                 self._pin(step.generation, step.module, digest)
 
-            pin(await self._images.pull(step.image, credentials, pin, on_progress))
+            if step.only_local:
+                digest = await self._images.find(step.image)
+                if digest is None:
+                    raise StepFailed(
+                        f"{step.image} is not on this device, and imagePullPolicy is never; "
+                        "set it to on-create",
+                        retryable=False,
+                    )
+                pin(digest)
+            else:
+                pin(await self._images.pull(step.image, credentials, pin, on_progress))
         elif isinstance(step, Load):
             directory = await self._images.model_directory(step.digest)
             await self._scoring.load(step.instance, directory, step.options)

@@ -58,6 +58,9 @@ class ImagesDouble:
         self.images.add(digest(image))
         return digest(image)
 
+    async def find(self, image: str) -> str | None:
+        return digest(image) if digest(image) in self.images else None
+
     async def model_directory(self, digest: str) -> Path:
         return Path("/images") / digest
 
@@ -288,6 +291,23 @@ async def test_a_slow_pull_does_not_hold_another_module_back(device: Device) -> 
     assert device.phase() == "applying"
     device.images.held["r/big:b"].set()
     await device.until(lambda: device.phase() == "good")
+
+
+async def test_a_module_that_must_not_be_pulled_is_refused_when_its_image_is_missing(
+    device: Device,
+) -> None:
+    body = json.loads(manifest(digits="r/digits:v1"))
+    body["modules"]["digits"]["imagePullPolicy"] = "never"
+    device.reconciler.submit("local", 0, json.dumps(body).encode())
+    await device.until(lambda: device.phase() == "failed")
+    assert device.images.pulls == []
+    latest = device.store.latest()
+    assert latest is not None
+    assert "imagePullPolicy is never" in latest.description
+    device.images.images.add(digest("r/digits:v1"))
+    device.reconciler.submit("local", 0, json.dumps(body).encode(), always=True)
+    await device.until(lambda: device.phase() == "good")
+    assert device.images.pulls == []
 
 
 async def test_an_unchanged_module_keeps_its_pin_and_is_not_pulled_again(device: Device) -> None:
