@@ -101,19 +101,24 @@ class RegistryClient:
         where = self._transport.where(repository, target)
         headers = {"Accept": ", ".join(MANIFEST_TYPES)}
         with self._transport.request("GET", path, repository, headers=headers) as response:
-            raw = bytearray()
-            for chunk in BlobStream(response, 0, where):
-                raw += chunk
-                if len(raw) > MAX_MANIFEST_BYTES:
-                    raise InvalidImage(f"{where}: a manifest above {MAX_MANIFEST_BYTES} bytes")
+            raw = _read_all(BlobStream(response, 0, where), MAX_MANIFEST_BYTES, where)
             media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
             claimed = response.headers.get("Docker-Content-Digest", "")
-        digest = digest_of(bytes(raw))
+        digest = digest_of(raw)
         if is_digest(target) and digest != target:
             raise DigestMismatch(f"{where}: the manifest hashes to {digest}; push the image again")
         if is_digest(claimed) and digest != claimed:
             raise DigestMismatch(f"{where}: the manifest hashes to {digest}, but is {claimed}")
-        return FetchedManifest(digest, media_type, bytes(raw))
+        return FetchedManifest(digest, media_type, raw)
+
+    def read_blob(self, repository: str, blob: Descriptor, limit: int) -> bytes:
+        """A small blob, verified. Raises InvalidImage, DigestMismatch and what `open_blob` does."""
+        where = self._transport.where(repository, blob.digest)
+        with self.open_blob(repository, blob.digest) as stream:
+            raw = _read_all(stream, limit, where)
+        if digest_of(raw) != blob.digest:
+            raise DigestMismatch(f"{where}: hashes to {digest_of(raw)}; push the image again")
+        return raw
 
     @contextlib.contextmanager
     def open_blob(self, repository: str, digest: str, offset: int = 0) -> Iterator[BlobStream]:
@@ -222,3 +227,12 @@ class RegistryClient:
                 "something between here and there changes manifests"
             )
         return digest
+
+
+def _read_all(stream: BlobStream, limit: int, where: str) -> bytes:
+    data = bytearray()
+    for chunk in stream:
+        data += chunk
+        if len(data) > limit:
+            raise InvalidImage(f"{where}: larger than {limit} bytes; push a smaller one")
+    return bytes(data)
