@@ -15,7 +15,8 @@ def install(board: str) -> None:
     Faults come from the file named by GATELET_SIM_FAULTS (see `faults`). Raises ValueError for
     an unknown board and ImportError when pynq is missing.
     """
+    found = simulated_board(board)
     # pynq registers a device class when it is defined, so that must not happen on import.
     from .device import activate
 
-    activate(simulated_board(board), FaultFile.from_environment())
+    activate(found, FaultFile.from_environment())
