@@ -1,0 +1,266 @@
+"""One azure-iot-device client made safe to use: bounded, on our event loop, for one connection.
+
+The SDK never subscribes again, has no time limits, blocks in constructors and setters, and may
+wedge in its own reconnecting. So a client here lives as long as its connection: what broke is
+thrown away, and the next connection starts from a state that is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .transport import MethodResult, TransportUnavailable
+
+_log = logging.getLogger(__name__)
+_SHUTDOWN_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class IotHubSettings:
+    """How to reach the hub. Times in seconds.
+
+    `connection_string` is a device's or a module's; `ca_file` (PEM) replaces the system's trusted
+    certificates; `proxy` is "host:port" of an HTTP CONNECT proxy.
+    """
+
+    connection_string: str = field(repr=False)
+    ca_file: Path | None = None
+    proxy: str | None = None
+    websockets: bool = False
+    retry_base: float = 1.0
+    retry_cap: float = 60.0
+    connect_timeout: float = 60.0
+    request_timeout: float = 30.0
+    close_timeout: float = 10.0
+    resync_interval: float = 900.0
+    stable_after: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, without the key in its text."""
+        parts = self.identity
+        missing = [n for n in ("HostName", "DeviceId", "SharedAccessKey") if not parts.get(n)]
+        if missing:
+            raise ValueError(f"the IoT Hub connection string lacks {', '.join(missing)}")
+        if self.proxy is not None:
+            host, _, port = self.proxy.rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"the proxy {self.proxy!r} is not host:port")
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """The parts of the connection string by name."""
+        pairs = (part.partition("=") for part in self.connection_string.strip().split(";"))
+        return {name.strip(): value.strip() for name, _, value in pairs if name}
+
+
+class CallFailed(TransportUnavailable):
+    """The SDK or the hub refused a call; the connection may still be good."""
+
+
+class ConnectionEnded(TransportUnavailable):
+    """The connection is of no more use: lost, or silent for too long."""
+
+
+OnPatch = Callable[[Mapping[str, Any]], None]
+OnMethod = Callable[[str, str, Any], None]
+
+
+class HubConnection:
+    """From connect to close; callbacks and results arrive on the event loop that made it.
+
+    `on_patch` gets desired patches; `on_method` request id, name and payload.
+    """
+
+    def __init__(self, settings: IotHubSettings, on_patch: OnPatch, on_method: OnMethod) -> None:
+        self._settings = settings
+        self._on_patch = on_patch
+        self._on_method = on_method
+        self._loop = asyncio.get_running_loop()
+        self._client: Any = None
+        self._announced = False
+        self._shut_down = False
+        self._calls: set[asyncio.Future[Any]] = set()
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+
+    async def open(self) -> None:
+        """Connect, then subscribe. Raises ConnectionEnded or CallFailed."""
+        timeout = self._settings.connect_timeout
+        self._client = await self._call(asyncio.to_thread(_make_client, self._settings), timeout)
+        client = self._client
+        # The setters subscribe and block until the hub has answered.
+        await self._set("on_connection_state_change", self._state_handler())
+        await self._call(client.connect(), timeout)
+        await self._set("on_twin_desired_properties_patch_received", self._patch_handler())
+        await self._set("on_method_request_received", self._method_handler())
+
+    async def get_twin(self) -> Mapping[str, Any]:
+        """`{"desired": .., "reported": ..}`. Raises ConnectionEnded or CallFailed."""
+        twin: Mapping[str, Any] = await self._call(self._client.get_twin())
+        return twin
+
+    async def report(self, patch: Mapping[str, Any]) -> None:
+        """Raises ConnectionEnded or CallFailed."""
+        await self._call(self._client.patch_twin_reported_properties(dict(patch)))
+
+    async def send(self, message: Any) -> None:
+        """An azure.iot.device.Message. Raises ConnectionEnded or CallFailed."""
+        await self._call(self._client.send_message(message))
+
+    async def respond(self, request_id: str, result: MethodResult) -> None:
+        """Raises ConnectionEnded or CallFailed."""
+        from azure.iot.device import MethodResponse
+
+        response = MethodResponse(request_id, result.status, result.payload)
+        await self._call(self._client.send_method_response(response))
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, unless the connection ends. Raises ConnectionEnded."""
+        await asyncio.wait({self.lost}, timeout=seconds)
+        if self.lost.done():
+            raise ConnectionEnded(self.lost.result())
+
+    def end(self, reason: str) -> None:
+        """Give the connection up; whoever waits for it gets ConnectionEnded."""
+        if not self.lost.done():
+            self.lost.set_result(reason)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing of the client is left running."""
+        return self._shut_down or (self._client is None and not self._calls)
+
+    async def close(self) -> bool:
+        """Shut the client down. False when it did not end in time: it goes on trying by itself."""
+        self.end("closed")
+        if self._client is None:
+            return self.closed
+        # In a thread with its own event loop, because shutting down blocks on the SDK's threads.
+        closing = asyncio.ensure_future(asyncio.to_thread(_shut_down, self._client))
+        closing.add_done_callback(self._closed)
+        await asyncio.wait({closing}, timeout=self._settings.close_timeout)
+        return self.closed
+
+    def _closed(self, closing: asyncio.Future[None]) -> None:
+        self._shut_down = True
+        # Only now can no answer come any more that would find its call cancelled.
+        for call in self._calls:
+            call.cancel()
+        if not closing.cancelled() and (error := closing.exception()) is not None:
+            _log.warning("the IoT Hub client did not shut down cleanly: %s", describe(error))
+
+    async def _set(self, name: str, handler: Any) -> None:
+        await self._call(asyncio.to_thread(setattr, self._client, name, handler))
+
+    async def _call(self, operation: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+        """The result of an SDK call, which is left alone (not cancelled) when it takes too long.
+
+        A cancelled call's late answer would raise inside the SDK's callbacks.
+        """
+        if self.lost.done():
+            operation.close()
+            raise ConnectionEnded(self.lost.result())
+        seconds = self._settings.request_timeout if timeout is None else timeout
+        call = asyncio.ensure_future(operation)
+        self._calls.add(call)
+        call.add_done_callback(self._forget)
+        await asyncio.wait({call, self.lost}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            self.end(f"no answer within {seconds:g} s")
+            raise ConnectionEnded(self.lost.result())
+        error = call.exception()
+        if error is not None:
+            raise CallFailed(describe(error)) from error
+        return call.result()
+
+    def _forget(self, call: asyncio.Future[Any]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()  # seen, also when nobody waits for it any more
+
+    # Handlers run on a thread of the SDK: coroutine functions in the order of the messages, plain
+    # functions on four threads in any order.
+
+    def _state_handler(self) -> Any:
+        async def changed() -> None:
+            self._post(self._state_changed, self._client.connected)
+
+        return changed
+
+    def _patch_handler(self) -> Any:
+        async def patched(patch: Mapping[str, Any]) -> None:
+            self._post(self._on_patch, patch)
+
+        return patched
+
+    def _method_handler(self) -> Any:
+        async def called(request: Any) -> None:
+            self._post(self._on_method, request.request_id, request.name, request.payload)
+
+        return called
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            _log.debug("the event loop has ended before the IoT Hub client")
+
+    def _state_changed(self, connected: bool) -> None:
+        if connected and not self._announced:
+            self._announced = True
+        else:
+            # Also when it is up again (a renewed token): the session may be another one.
+            self.end("the connection to the IoT Hub was lost")
+
+
+def describe(error: BaseException) -> str:
+    """An SDK error with what really happened, which is in its causes."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause) or type(cause).__name__
+        if text not in texts:
+            texts.append(text)
+        cause = cause.__cause__
+    return ": ".join(texts)
+
+
+def _make_client(settings: IotHubSettings) -> Any:
+    from azure.iot.device import ProxyOptions
+    from azure.iot.device.aio import IoTHubDeviceClient, IoTHubModuleClient
+
+    options: dict[str, Any] = {
+        "auto_connect": False,
+        "connection_retry": False,
+        "ensure_desired_properties": False,
+        "websockets": settings.websockets,
+    }
+    if settings.ca_file is not None:
+        options["server_verification_cert"] = Path(settings.ca_file).read_text()
+    if settings.proxy is not None:
+        host, _, port = settings.proxy.rpartition(":")
+        options["proxy_options"] = ProxyOptions("HTTP", host, int(port))  # type: ignore[no-untyped-call]
+    kind = IoTHubModuleClient if settings.identity.get("ModuleId") else IoTHubDeviceClient
+    return kind.create_from_connection_string(settings.connection_string.strip(), **options)
+
+
+def _shut_down(client: Any) -> None:
+    asyncio.run(_shut_down_here(client))
+
+
+async def _shut_down_here(client: Any) -> None:
+    """`shutdown` fails when the connection breaks under it, and then has to be called again."""
+    from azure.iot.device.exceptions import ClientError
+
+    for left in reversed(range(_SHUTDOWN_TRIES)):
+        try:
+            await client.shutdown()
+        except ClientError:
+            if not left:
+                raise
+        else:
+            return
