@@ -1,0 +1,151 @@
+"""The scoring process's parts, put together inside a test, and the process itself."""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from gatelet.accelerators.backend import Backend
+from gatelet.accelerators.cpu import CpuBackend
+from gatelet.agent.scoring.control_service import ControlService
+from gatelet.agent.scoring.dataplane import DataPlane
+from gatelet.agent.scoring.grpc_server import GrpcLimits, GrpcServer
+from gatelet.agent.scoring.process import ControlServer
+from gatelet.protos import control_pb2 as pb
+from gatelet.protos.services import ScoringStub
+
+TIMEOUT = 20.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """A scoring server at `address`, controlled through `control`."""
+
+    address: str
+    control: ScoringStub
+
+    def load(self, instance: str, folder: Path, **options: object) -> pb.InstanceStatus:
+        request = pb.LoadRequest(
+            instance=instance,
+            directory=str(folder),
+            options=pb.ScoringOptions(**options),  # type: ignore[arg-type]
+        )
+        return self.control.load(request, TIMEOUT).status
+
+    def probe(self, instance: str) -> pb.InstanceStatus:
+        return self.control.probe(pb.ProbeRequest(instance=instance), TIMEOUT).status
+
+    def switch(self, routes: Mapping[str, Sequence[tuple[str, int, bool]]]) -> None:
+        """`routes`: endpoint -> (instance, percent, default)."""
+        self.control.switch(
+            pb.SwitchRequest(
+                routes=[
+                    pb.Route(
+                        endpoint=endpoint,
+                        targets=[
+                            pb.RouteTarget(instance=i, percent=p, default=d) for i, p, d in targets
+                        ],
+                    )
+                    for endpoint, targets in routes.items()
+                ]
+            ),
+            TIMEOUT,
+        )
+
+    def unload(self, instance: str, drain_ms: int = 5000) -> None:
+        self.control.unload(pb.UnloadRequest(instance=instance, drain_ms=drain_ms), TIMEOUT)
+
+    def status(self) -> pb.StatusResponse:
+        return self.control.status(pb.StatusRequest(), TIMEOUT)
+
+    def deploy(self, folders: Mapping[str, Path]) -> None:
+        """Serve each folder at the endpoint that is its key."""
+        for endpoint, folder in folders.items():
+            self.load(endpoint, folder)
+            status = self.probe(endpoint)
+            assert status.state == pb.InstanceStatus.READY, status.error
+        self.switch({endpoint: [(endpoint, 0, True)] for endpoint in folders})
+
+
+@contextmanager
+def serve(
+    socket: Path,
+    backends: Sequence[Backend] | None = None,
+    *,
+    limits: GrpcLimits | None = None,
+    address: str = "127.0.0.1:0",
+) -> Iterator[Site]:
+    """The server in this process, on a free port."""
+    plane = DataPlane("test")
+    by_name = {backend.name: backend for backend in backends or [CpuBackend()]}
+    server = GrpcServer(plane, address, limits)
+    service = ControlService(plane, by_name, grpc_address=server.address)
+    control = ControlServer(service, socket)
+    server.start()
+    control.start()
+    try:
+        with grpc.insecure_channel(f"unix:{socket}") as channel:
+            yield Site(server.address, ScoringStub(channel))
+    finally:
+        server.stop(2.0)
+        control.stop()
+        service.close()
+
+
+@dataclass
+class ScoringProcess:
+    process: subprocess.Popen[str]
+    site: Site
+
+    def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(TIMEOUT)
+
+
+@contextmanager
+def scoring_process(socket: Path, *arguments: str) -> Iterator[ScoringProcess]:
+    """`python -m gatelet.agent.scoring.process` on a free port, once it says that it is ready."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "gatelet.agent.scoring.process"),
+            *("--control-socket", str(socket), "--grpc-address", "127.0.0.1:0"),
+            *("--die-with-parent", *arguments),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = _line_with(process, "scoring ready")
+        address = line.split("grpc ", 1)[1].split(",", 1)[0]
+        with grpc.insecure_channel(f"unix:{socket}") as channel:
+            yield ScoringProcess(process, Site(address, ScoringStub(channel)))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def _line_with(process: subprocess.Popen[str], text: str) -> str:
+    assert process.stderr is not None
+    seen = ""
+    deadline = time.monotonic() + TIMEOUT
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stderr, selectors.EVENT_READ)
+        while selector.select(deadline - time.monotonic()):
+            line = process.stderr.readline()
+            seen += line
+            if text in line:
+                return line
+            if not line:
+                break
+    raise AssertionError(f"the scoring process did not say {text!r}: {seen}")
