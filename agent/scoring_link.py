@@ -60,7 +60,7 @@ class ScoringLink:
         await self._channel.close(None)
 
     async def status(self) -> ScoringView:
-        answer = await _ask(lambda: self._stub.status(pb.StatusRequest(), STATUS_SECONDS))
+        answer = await _ask(lambda: self._stub.status(pb.StatusRequest(), timeout=STATUS_SECONDS))
         return ScoringView(
             answer.boot_id,
             answer.pid,
@@ -85,11 +85,11 @@ class ScoringLink:
                 timeout_ms=options.timeout_ms,
             ),
         )
-        await _ask(lambda: self._stub.load(request, LOAD_SECONDS))
+        await _ask(lambda: self._stub.load(request, timeout=LOAD_SECONDS))
 
     async def probe(self, instance: str) -> None:
         request = pb.ProbeRequest(instance=instance)
-        await _ask(lambda: self._stub.probe(request, PROBE_SECONDS))
+        await _ask(lambda: self._stub.probe(request, timeout=PROBE_SECONDS))
 
     async def switch(self, routes: tuple[Route, ...]) -> None:
         request = pb.SwitchRequest(
@@ -104,11 +104,11 @@ class ScoringLink:
                 for route in routes
             ]
         )
-        await _ask(lambda: self._stub.switch(request, STATUS_SECONDS))
+        await _ask(lambda: self._stub.switch(request, timeout=STATUS_SECONDS))
 
     async def unload(self, instance: str) -> None:
         request = pb.UnloadRequest(instance=instance, drain_ms=int(DRAIN_SECONDS * 1000))
-        await _ask(lambda: self._stub.unload(request, DRAIN_SECONDS + STATUS_SECONDS))
+        await _ask(lambda: self._stub.unload(request, timeout=DRAIN_SECONDS + STATUS_SECONDS))
 
 
 def _model(status: pb.InstanceStatus) -> LoadedModel:

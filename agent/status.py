@@ -8,7 +8,9 @@ from typing import Any
 
 from .conditions import Condition, Start
 from .publish import LinkState
+from .plan import Failure
 from .reconcile import Snapshot
+from .steps import describe
 from .store import Deployment, Seen
 
 OK, FAILED = 200, 500
@@ -83,12 +85,17 @@ def deployment_document(
 
 
 def desired_status(
-    source: str, seen: Seen | None, latest: Deployment | None, last_good: Deployment | None
+    source: str,
+    seen: Seen | None,
+    latest: Deployment | None,
+    last_good: Deployment | None,
+    failures: tuple[Failure, ...] = (),
 ) -> tuple[int, int, str]:
     """(version, code, description) of the last document of `source`, in edgeAgent's codes.
 
-    What edgeAgent has no words for: a deployment that failed is 500 and says what runs instead; a
-    document that a newer one from elsewhere replaced is 200 and says so.
+    A step that fails is 500 for as long as it does, as edgeAgent reports it. What edgeAgent has no
+    words for: a deployment that was given up is 500 and says what runs instead; a document that a
+    newer one from elsewhere replaced is 200 and says so.
     """
     if seen is None:
         return 0, OK, ""
@@ -97,7 +104,8 @@ def desired_status(
     if latest.source != source:
         return seen.version, OK, f"replaced by deployment {latest.generation} from {latest.source}"
     if latest.phase != "failed":
-        return seen.version, OK, ""
+        trouble = "; ".join(f"{describe(f.step)}: {f.message}, trying again" for f in failures)
+        return seen.version, FAILED if trouble else OK, trouble
     if last_good is None:
         tail = "there is no earlier good deployment to return to"
     else:

@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
         format=f"%(asctime)s {arguments.role:7} %(levelname)-7s %(message)s",
         stream=sys.stderr,
     )
-    for noisy in ("azure", "paho", "urllib3", "asyncio"):
+    for noisy in ("azure", "paho", "urllib3", "asyncio", "grpc"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     config = configuration(arguments)
     if arguments.die_with_parent:
