@@ -1,0 +1,244 @@
+"""The driver on the simulated board: exact, split, switched, and never waiting for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gatelet.accelerators.errors import BackendUnavailable, DeadlineExceeded, LoadError
+from gatelet.accelerators.fpga.driver import FabricDriver, decode_errors, take_lock
+from gatelet.accelerators.fpga.package import OverlayPackage
+from gatelet.accelerators.fpga.protocol import FabricSick
+from gatelet.accelerators.tensors import TensorSpec
+from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
+from gatelet.simulator.board.boards import simulated_board
+from gatelet.simulator.board.faults import Fault, FaultFile, write_fault
+from gatelet.simulator.board.network import run_network
+
+Z2 = "xc7z020clg400-1"
+HANG_AFTER = 0.1
+
+
+def layers(seed: int, rows: int = 16, columns: int = 6) -> tuple[DenseLayer, ...]:
+    rng = np.random.default_rng(seed)
+    return (
+        DenseLayer(
+            rng.integers(-128, 128, (rows, columns), dtype=np.int8),
+            rng.integers(-900, 900, columns, dtype=np.int32),
+            0.05, 0.01, 0.2, input_zero_point=3, output_zero_point=-5,
+        ),
+    )  # fmt: skip
+
+
+def package(directory: Path, seed: int = 0, **options: Any) -> OverlayPackage:
+    return write_overlay_package(
+        directory,
+        name=f"net{seed}",
+        board="pynq-z2",
+        part=options.pop("part", Z2),
+        clock_mhz=options.pop("clock_mhz", 100.0),
+        layers=layers(seed),
+        input=TensorSpec("x", "FP32", (-1, 16)),
+        output=TensorSpec("y", "FP32", (-1, 6)),
+        **options,
+    )
+
+
+def items(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(-128, 128, (count, 16), dtype=np.int8)
+
+
+@pytest.fixture(scope="module")
+def pynq() -> None:
+    with warnings.catch_warnings():
+        # pynq warns about x86 and about pkg_resources when it is imported.
+        warnings.simplefilter("ignore")
+        import pynq
+        import pynq.lib  # noqa: F401
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    return tmp_path / "faults.json"
+
+
+@pytest.fixture
+def device(pynq: None, faults: Path) -> Any:
+    from gatelet.simulator.board.device import activate
+
+    return activate(simulated_board("pynq-z2"), FaultFile(faults))
+
+
+@pytest.fixture
+def driver(device: Any, tmp_path: Path) -> Iterator[FabricDriver]:
+    driver = FabricDriver(tmp_path / "lock", Z2, hang_after=HANG_AFTER)
+    driver.open()
+    yield driver
+    driver.close()
+    assert device.memory.used == 0, "a buffer was not given back"
+
+
+def test_results_are_those_of_the_network(driver: FabricDriver, tmp_path: Path) -> None:
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    for count in (1, 2, 31, 0):
+        batch = items(count)
+        np.testing.assert_array_equal(
+            driver.infer(loaded, batch, None), run_network(layers(0), batch)
+        )
+    assert driver.counters.reconfigurations == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "transfers"), [({"max_batch": 7}, 6), ({"dma_length_width": 8}, 3)]
+)
+def test_large_batches_are_split(
+    driver: FabricDriver, tmp_path: Path, options: dict[str, int], transfers: int
+) -> None:
+    loaded = package(tmp_path / "p", **options)
+    driver.load(loaded)
+    batch = items(40)
+    np.testing.assert_array_equal(driver.infer(loaded, batch, None), run_network(layers(0), batch))
+    assert driver.counters.transfers == transfers
+
+
+def test_packages_alternate_and_reconfigurations_are_counted(
+    driver: FabricDriver, tmp_path: Path
+) -> None:
+    packages = [package(tmp_path / str(seed), seed) for seed in (1, 2)]
+    for one in packages:
+        driver.load(one)
+    batch = items(5)
+    for _ in range(3):
+        for seed, one in zip((1, 2), packages, strict=True):
+            expected = run_network(layers(seed), batch)
+            for _ in range(2):
+                np.testing.assert_array_equal(driver.infer(one, batch, None), expected)
+            assert driver.loaded == one.name
+    assert driver.counters.reconfigurations == 2 + 6
+    driver.unload(packages[0])
+    with pytest.raises(FabricSick, match="net1 is not loaded"):
+        driver.infer(packages[0], batch, None)
+
+
+@pytest.mark.parametrize("kind", ["hang", "stuck"])
+def test_a_hang_ends_at_the_deadline_and_the_fabric_comes_back(
+    driver: FabricDriver, tmp_path: Path, faults: Path, kind: str
+) -> None:
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    write_fault(faults, Fault(kind, times=1))
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        driver.infer(loaded, items(3), started + 0.03)
+    assert time.monotonic() - started < 0.03 + 0.05
+    np.testing.assert_array_equal(
+        driver.infer(loaded, items(3), time.monotonic() + 5), run_network(layers(0), items(3))
+    )
+    assert driver.counters.hangs == 1
+    assert driver.counters.reconfigurations == 2
+
+
+def test_without_a_deadline_a_hang_ends_as_well(
+    driver: FabricDriver, tmp_path: Path, faults: Path
+) -> None:
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    write_fault(faults, Fault("hang"))
+    started = time.monotonic()
+    with pytest.raises(FabricSick, match="no end of the transfer"):
+        driver.infer(loaded, items(3), None)
+    assert time.monotonic() - started < HANG_AFTER + 1
+    write_fault(faults, Fault())
+    driver.recover()
+    assert driver.counters.reconfigurations == 2
+    assert driver.infer(loaded, items(1), None).shape == (1, 6)
+
+
+def test_a_slow_transfer_past_its_deadline_costs_no_reconfiguration(
+    driver: FabricDriver, tmp_path: Path, faults: Path
+) -> None:
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    write_fault(faults, Fault("slow", seconds=HANG_AFTER / 2, times=1))
+    with pytest.raises(DeadlineExceeded):
+        driver.infer(loaded, items(3), time.monotonic() + 0.01)
+    np.testing.assert_array_equal(
+        driver.infer(loaded, items(9), None), run_network(layers(0), items(9))
+    )
+    assert driver.counters.reconfigurations == 1
+
+
+@pytest.mark.parametrize("error", ["internal", "slave", "decode"])
+def test_dma_errors_are_named_and_recovered_from(
+    driver: FabricDriver, tmp_path: Path, faults: Path, error: str
+) -> None:
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    write_fault(faults, Fault("error", error=error, times=1))
+    with pytest.raises(FabricSick, match=rf"axi_dma_0 \(send\): {error} error"):
+        driver.infer(loaded, items(3), None)
+    assert driver.infer(loaded, items(3), None).shape == (3, 6)
+    assert driver.counters.dma_errors == 1
+
+
+def test_error_bits_are_decoded() -> None:
+    assert decode_errors(0x1002) is None
+    assert decode_errors(0x71).count("error") >= 3
+
+
+def test_a_passed_deadline_does_not_touch_the_fabric(driver: FabricDriver, tmp_path: Path) -> None:
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    with pytest.raises(DeadlineExceeded):
+        driver.infer(loaded, items(3), time.monotonic() - 1)
+    assert driver.counters.transfers == 0
+
+
+def test_a_package_for_another_part_is_refused(driver: FabricDriver, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"7z010clg400 .* xc7z020clg400-1"):
+        driver.load(package(tmp_path / "p", part="xc7z010clg400-1"))
+
+
+def test_the_declared_clock_is_what_the_network_gets(driver: FabricDriver, tmp_path: Path) -> None:
+    from pynq import Clocks
+
+    driver.load(package(tmp_path / "p", clock_mhz=125.0))
+    assert Clocks.fclk0_mhz == pytest.approx(125.0)
+
+
+def test_ten_dozen_switches_leak_nothing(driver: FabricDriver, device: Any, tmp_path: Path) -> None:
+    packages = [package(tmp_path / str(seed), seed) for seed in (1, 2)]
+    for one in packages:
+        driver.load(one)
+    used = device.memory.used
+    threads = threading.active_count()
+    for _ in range(60):
+        for one in packages:
+            driver.infer(one, items(1), None)
+    assert device.memory.used == used
+    assert threading.active_count() == threads
+
+
+def test_two_processes_never_share_a_fabric(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with take_lock(path):
+        with pytest.raises(BackendUnavailable, match=str(os.getpid())):
+            take_lock(path)
+        code = "import sys, pathlib\n" \
+            "from gatelet.accelerators.fpga.driver import take_lock\n" \
+            "take_lock(pathlib.Path(sys.argv[1]))"  # fmt: skip
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+        )
+        assert str(os.getpid()) in other.stderr
+    take_lock(path).close()
