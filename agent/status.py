@@ -7,8 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from .conditions import Condition, Start
-from .publish import LinkState
 from .plan import Failure
+from .publish import LinkState
 from .reconcile import Snapshot
 from .steps import describe
 from .store import Deployment, Seen
