@@ -197,8 +197,9 @@ class ContentStore:
     # Images
 
     def images(self) -> tuple[StoredImage, ...]:
+        """All images, ordered by digest."""
         with self._lock:
-            return tuple(self._stored(record) for record in self._records.values())
+            return tuple(self._stored(record) for _, record in sorted(self._records.items()))
 
     def get(self, digest: str) -> StoredImage | None:
         with self._lock:
@@ -377,12 +378,11 @@ class ContentStore:
 
     def _free_name(self, digest: str, old: _Record | None) -> str:
         name = digest.partition(":")[2]
-        if old is None:
-            # A folder without a record can only be what a failed removal left.
-            shutil.rmtree(self._images / name, ignore_errors=True)
-            return name
-        number = int(old.folder.partition(".")[2] or 1)
-        return f"{name}.{number + 1}"
+        if old is not None:
+            name = f"{name}.{int(old.folder.partition('.')[2] or 1) + 1}"
+        # A folder that no record names can only be what a failure left.
+        shutil.rmtree(self._images / name, ignore_errors=True)
+        return name
 
     def _stored(self, record: _Record) -> StoredImage:
         return StoredImage(
