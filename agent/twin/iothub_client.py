@@ -25,13 +25,15 @@ class IotHubSettings:
     """How to reach the hub. Times in seconds.
 
     `connection_string` is a device's or a module's; `ca_file` (PEM) replaces the system's trusted
-    certificates; `proxy` is "host:port" of an HTTP CONNECT proxy.
+    certificates; `proxy` is "host:port" of an HTTP CONNECT proxy. Renewing a token costs a new
+    connection, so tokens last a day (`token_lifetime`, renewed 120 s before their end).
     """
 
     connection_string: str = field(repr=False)
     ca_file: Path | None = None
     proxy: str | None = None
     websockets: bool = False
+    token_lifetime: int = 24 * 3600
     retry_base: float = 1.0
     retry_cap: float = 60.0
     connect_timeout: float = 60.0
@@ -233,10 +235,13 @@ def _make_client(settings: IotHubSettings) -> Any:
     from azure.iot.device import ProxyOptions
     from azure.iot.device.aio import IoTHubDeviceClient, IoTHubModuleClient
 
+    # It warns of every broken connection as of an exception nobody handles; we handle and tell it.
+    logging.getLogger("azure.iot.device.common.handle_exceptions").setLevel(logging.ERROR)
     options: dict[str, Any] = {
         "auto_connect": False,
         "connection_retry": False,
         "ensure_desired_properties": False,
+        "sastoken_ttl": settings.token_lifetime,
         "websockets": settings.websockets,
     }
     if settings.ca_file is not None:

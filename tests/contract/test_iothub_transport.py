@@ -326,6 +326,14 @@ async def test_refused_credentials_are_tried_again(bench: Bench) -> None:
     await bench.sink.until(lambda: bench.sink.connections)
 
 
+async def test_a_renewed_token_is_a_new_connection(bench: Bench) -> None:
+    transport = await bench.connected(token_lifetime=121)  # renewed 120 s before its end
+    await bench.sink.until(lambda: len(bench.sink.connections) == 2)
+    await transport.report({"a": 1})
+    bench.deploy({"v": 1})
+    await bench.sink.until(lambda: bench.sink.newest == {"v": 1})
+
+
 async def test_a_missing_ca_file_is_named(bench: Bench, tmp_path: Path) -> None:
     bench.run(bench.settings(ca_file=tmp_path / "absent.pem"))
     await bench.sink.until(lambda: bench.sink.reasons)
