@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .conditions import Condition, Start, conditions, note_starts
 from .config import AgentConfig, ConfigError, read_secret
 from .control_server import ControlServer
 from .images import RegistryImages
+from .module_spec import ModuleSpec
 from .publish import Publisher
 from .reconcile import Reconciler, ReconcileSettings, Snapshot, Verdict
 from .reported import (
@@ -100,6 +102,7 @@ class Agent:
         self._snapshot = Snapshot()
         self._starts: dict[str, Start] = {}
         self._notices: set[asyncio.Task[None]] = set()
+        self._began = clock.now()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set or a part of the agent fails, whose error is raised."""
@@ -153,7 +156,6 @@ class Agent:
         }
         if self._board is not None:
             details["board"] = {"name": self._board.name, "part": self._board.part}
-        provided = "provided by gatelet"
         return build_reported(
             version=AgentVersion(version("gatelet")),
             platform=Platform(platform.system().lower(), platform.machine(), platform.release()),
@@ -162,8 +164,8 @@ class Agent:
                 _module_state(condition, specs[condition.module])
                 for condition in conditions(snapshot, self._starts)
             ],
-            edge_agent=_system(system.get("edgeAgent"), provided),
-            edge_hub=_system(system.get("edgeHub"), provided),
+            edge_agent=_system(system.get("edgeAgent"), self._began),
+            edge_hub=_system(system.get("edgeHub"), self._began),
             runtime=None if manifest is None else manifest.runtime,
             details=details,
         )
@@ -231,7 +233,7 @@ def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
     return tuple(links)
 
 
-def _module_state(condition: Condition, spec: Any) -> ModuleState:
+def _module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
     start = condition.start
     details = dict(condition.details)
     if "backends" in details:
@@ -252,8 +254,11 @@ def _module_state(condition: Condition, spec: Any) -> ModuleState:
     )
 
 
-def _system(spec: Any, description: str) -> ModuleState | None:
-    return None if spec is None else ModuleState(spec, "running", description)
+def _system(spec: ModuleSpec | None, began: datetime) -> ModuleState | None:
+    """edgeAgent and edgeHub are this process, whatever image the manifest names for them."""
+    if spec is None:
+        return None
+    return ModuleState(spec, "running", "provided by gatelet", started=began)
 
 
 async def _ping(payload: Any) -> MethodResult:
