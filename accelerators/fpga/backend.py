@@ -30,7 +30,7 @@ from .board import same_part
 from .client import FabricClient, FabricGone
 from .keeper import Keeper
 from .package import OverlayPackage, preflight, read_package
-from .protocol import FabricSick, UnknownHandle
+from .protocol import PAYLOAD_LIMIT, FabricSick, UnknownHandle
 from .wire import dequantise, quantise
 
 _LOG = logging.getLogger(__name__)
@@ -147,7 +147,14 @@ class FpgaSession:
             raise BackendUnavailable(f"{self._package.name}: {why}")
         source, target = self._package.inputs[0], self._package.outputs[0]
         self._check_names(inputs, outputs)
-        items = quantise(_checked(inputs[source.spec.name], source.spec), source.wire)
+        tensor = _checked(inputs[source.spec.name], source.spec)
+        largest = PAYLOAD_LIMIT // max(source.wire.item_bytes, target.wire.item_bytes)
+        if len(tensor) > largest:
+            raise InvalidTensor(
+                f"{self._package.name}: a batch of {len(tensor)} is too large, send {largest} "
+                "items at most"
+            )
+        items = quantise(tensor, source.wire)
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlineExceeded(f"{self._package.name}: the deadline had passed on arrival")
         try:

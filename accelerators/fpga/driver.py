@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendUnavailable, DeadlineExceeded, LoadError
-from .package import OverlayPackage, preflight
+from .package import CLOCK_TOLERANCE, OverlayPackage, preflight
 from .protocol import FabricSick
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _ERRORS = {
 _REGISTER_SECONDS = 0.1
 _SPIN_SECONDS = 0.0003
 _NAP_SECONDS = 0.0001
-_CLOCK_TOLERANCE = 0.01
 # What pynq and the kernel drivers below it raise when a design does not fit or loading fails.
 _PYNQ_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -311,12 +310,13 @@ class FabricDriver:
     def _check_clock(self, package: OverlayPackage) -> None:
         from pynq import Clocks
 
-        if abs(Clocks.fclk0_mhz - package.clock_mhz) > _CLOCK_TOLERANCE * package.clock_mhz:
+        if abs(Clocks.fclk0_mhz - package.clock_mhz) > CLOCK_TOLERANCE * package.clock_mhz:
             Clocks.fclk0_mhz = package.clock_mhz
         runs = Clocks.fclk0_mhz
-        if runs > (1 + _CLOCK_TOLERANCE) * package.clock_mhz:
-            raise ValueError(f"PL clock 0 runs at {runs} MHz, the overlay is for less: "
-                             f"{package.clock_mhz} MHz")  # fmt: skip
+        if runs > (1 + CLOCK_TOLERANCE) * package.clock_mhz:
+            raise ValueError(
+                f"PL clock 0 runs at {runs} MHz, the overlay is for {package.clock_mhz} MHz"
+            )
 
     def _reset(self, registers: Any) -> None:
         registers.write(_SEND + _CONTROL, _RESET)

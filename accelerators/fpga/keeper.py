@@ -6,6 +6,7 @@ import contextlib
 import select
 import socket
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 
 from ..errors import BackendError
@@ -89,11 +90,10 @@ class Keeper:
                 watch = self._connected(watch)
                 well = watch is not None and self._revive()
                 pause = RETRY_SECONDS[0] if well else min(pause * 2, RETRY_SECONDS[1])
-                sources = [ear] if watch is None else [ear, watch]
-                readable, _, _ = select.select(sources, [], [], None if well else pause)
+                readable = _wait_for((ear, watch), None if well else pause)
                 if ear in readable and not ear.recv(4096):
                     return
-                if watch in readable and watch is not None:
+                if watch is not None and watch in readable:
                     watch.close()
                     watch = None
                     pause = RETRY_SECONDS[0] / 2
@@ -132,3 +132,13 @@ class Keeper:
                 session.fail(str(error))
                 well = False
         return well
+
+
+def _wait_for(sources: Sequence[socket.socket | None], seconds: float | None) -> set[socket.socket]:
+    # Not select: in a process with more than 1024 open files it fails.
+    poll = select.poll()
+    by_number = {source.fileno(): source for source in sources if source is not None}
+    for number in by_number:
+        poll.register(number, select.POLLIN)
+    found = poll.poll(None if seconds is None else seconds * 1000)
+    return {by_number[number] for number, _ in found}

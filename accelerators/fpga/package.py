@@ -17,6 +17,7 @@ items come out, one for one and in order. overlay.json::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -37,6 +38,12 @@ HANDOFF_LIMIT = 64 << 20
 BITSTREAM_LIMIT = 256 << 20
 DEFAULT_LENGTH_WIDTH = 26
 """Bits of the AXI DMA's length register where the handoff does not say (as pynq assumes)."""
+CLOCK_TOLERANCE = 0.01
+"""How far, relatively, dividers may leave a clock from what was asked for."""
+_CLOCK_PARAMETERS = {
+    "processing_system7": "pcw_act_fpga0_peripheral_freqmhz",
+    "zynq_ultra_ps_e": "psu__crl_apb__pl0_ref_ctrl__act_freqmhz",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,7 @@ def preflight(package: OverlayPackage, part: str | None) -> int:
     """Check files against each other and against the board's `part` (None: not known here).
 
     Returns the DMA's limit, in bytes per transfer. Raises LoadError naming both sides of what
-    does not fit: part, hash, or an item larger than one transfer.
+    does not fit: hash, part, clock, or an item larger than one transfer.
     """
     content = _read(package.bit, BITSTREAM_LIMIT)
     digest = hashlib.sha256(content).hexdigest()
@@ -120,7 +127,14 @@ def preflight(package: OverlayPackage, part: str | None) -> int:
             f"{package.bit}: built for part {header.part} but this board carries {part}; "
             "use the package for this board"
         )
-    limit = dma_limit(package)
+    handoff = read_handoff(package)
+    closed = handoff.clock_mhz
+    if closed is not None and package.clock_mhz > closed * (1 + CLOCK_TOLERANCE):
+        raise LoadError(
+            f"{package.name}: {OVERLAY_JSON} asks for a clock of {package.clock_mhz} MHz but "
+            f"{package.hwh.name} was built for {closed} MHz"
+        )
+    limit = handoff.dma_limit
     for port in (*package.inputs, *package.outputs):
         if port.wire.item_bytes > limit:
             raise LoadError(
@@ -131,8 +145,16 @@ def preflight(package: OverlayPackage, part: str | None) -> int:
     return limit
 
 
-def dma_limit(package: OverlayPackage) -> int:
-    """The longest transfer of the package's DMA, in bytes: 2 ** c_sg_length_width - 1.
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """What the .hwh says: longest transfer of the DMA in bytes, and PL clock 0 where given."""
+
+    dma_limit: int
+    clock_mhz: float | None
+
+
+def read_handoff(package: OverlayPackage) -> Handoff:
+    """Read the handoff. The longest transfer is 2 ** c_sg_length_width - 1 bytes.
 
     Source: PG021, "Buffer Length Register width". Raises LoadError when the handoff has no such
     DMA, or one that only does scatter-gather.
@@ -151,7 +173,7 @@ def dma_limit(package: OverlayPackage) -> int:
         raise LoadError(
             f"{package.hwh}: no AXI DMA named {package.dma}; it has {', '.join(dmas) or 'none'}"
         )
-    parameters = {p.get("NAME", "").lower(): p.get("VALUE", "") for p in cell.iter("PARAMETER")}
+    parameters = _parameters(cell)
     if parameters.get("c_include_sg") == "1":
         raise LoadError(
             f"{package.hwh}: {package.dma} is in scatter-gather mode; build it in simple mode"
@@ -162,7 +184,17 @@ def dma_limit(package: OverlayPackage) -> int:
             f"{package.hwh}: c_sg_length_width of {package.dma} is {width!r}, "
             f"expected 8 to {DEFAULT_LENGTH_WIDTH}"
         )
-    return (1 << int(width)) - 1
+    clock = None
+    for module in cells.values():
+        if module.get("MODTYPE") in _CLOCK_PARAMETERS:
+            text = _parameters(module).get(_CLOCK_PARAMETERS[module.get("MODTYPE", "")], "")
+            with contextlib.suppress(ValueError):
+                clock = float(text)
+    return Handoff((1 << int(width)) - 1, clock)
+
+
+def _parameters(module: ElementTree.Element) -> dict[str, str]:
+    return {p.get("NAME", "").lower(): p.get("VALUE", "") for p in module.iter("PARAMETER")}
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -4,6 +4,11 @@ Requantisation follows onnxruntime's QLinearMatMul and QGemm on int8 by int8: th
 exact in int32, the multiplier is the float32 value of `input_scale * weight_scale /
 output_scale`, the float32 product is clamped and rounded half to even before the zero point is
 added. Relu is saturation at the output's zero point.
+
+To get the same bits from onnxruntime on every CPU, set its session option
+`session.x64quantprecision` (or keep weights within 7 bits): the int8 kernels of x86 CPUs without
+VNNI saturate 16-bit sums otherwise. And give a layer with Relu the output zero point -128, where
+saturation is the Relu: with another one onnxruntime computes the layer in floating point.
 """
 
 from __future__ import annotations

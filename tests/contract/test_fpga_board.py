@@ -131,6 +131,15 @@ def test_a_bitstream_for_another_part_fails_as_on_hardware(
         pynq.Overlay(str(foreign.bit))
 
 
+def test_pynq_reads_the_header_we_write(pynq: Any, tmp_path: Path) -> None:
+    from pynq.pl_server.embedded_device import bit2bin, parse_bit_header
+
+    content = package(tmp_path).bit.read_bytes()
+    header = parse_bit_header(content)
+    assert (header["design"], header["part"]) == ("net", "7z020clg400")
+    assert bit2bin(content)[:4] == header["data"][3::-1]
+
+
 def test_damaged_configuration_data_fails(pynq: Any, board: Any, tmp_path: Path) -> None:
     written = package(tmp_path)
     content = bytearray(written.bit.read_bytes())

@@ -174,11 +174,12 @@ def test_damaged_bit_files_are_refused(data: st.DataObject) -> None:
         parse_bitfile(whole + b"x")
 
 
-def test_pynq_reads_our_bit_headers(tmp_path: Path) -> None:
-    package = read_package(write(tmp_path))
-    ours = parse_bitfile(package.bit.read_bytes())
-    assert ours.part == "7z020clg400"
-    assert ours.design.startswith("tiny;")
+def test_a_clock_the_design_was_not_built_for_names_both(tmp_path: Path) -> None:
+    for name, part in (("z2", Z2), ("zcu", KNOWN_PARTS["zcu104"])):
+        directory = write(tmp_path / name, part=part)
+        edit(directory, clockMhz=200)
+        with pytest.raises(LoadError, match=r"200\.0 MHz .* 100\.0 MHz"):
+            preflight(read_package(directory), part)
 
 
 @pytest.mark.parametrize(

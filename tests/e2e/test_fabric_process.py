@@ -1,0 +1,419 @@
+"""The fabric process on a simulated board, used through the backend, killed, and broken."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gatelet.accelerators.backend import LoadOptions, Variant
+from gatelet.accelerators.errors import (
+    BackendError,
+    BackendUnavailable,
+    DeadlineExceeded,
+    InvalidTensor,
+    LoadError,
+)
+from gatelet.accelerators.fpga.backend import FpgaBackend, FpgaSession
+from gatelet.accelerators.fpga.client import FabricClient
+from gatelet.accelerators.fpga.driver import take_lock
+from gatelet.accelerators.fpga.package import read_package
+from gatelet.accelerators.fpga.wire import dequantise, quantise
+from gatelet.accelerators.tensors import TensorSpec
+from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
+from gatelet.simulator.board.faults import FAULTS_VARIABLE, Fault, write_fault
+from gatelet.simulator.board.network import run_network
+
+pytestmark = pytest.mark.e2e
+
+Z2 = "xc7z020clg400-1"
+X = TensorSpec("x", "FP32", (-1, 16))
+
+
+def layers(seed: int) -> tuple[DenseLayer, ...]:
+    rng = np.random.default_rng(seed)
+    return (
+        DenseLayer(
+            rng.integers(-128, 128, (16, 6), dtype=np.int8),
+            rng.integers(-900, 900, 6, dtype=np.int32),
+            0.05, 0.01, 0.2, input_zero_point=3, output_zero_point=-5,
+        ),
+    )  # fmt: skip
+
+
+def batch(seed: int, count: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, (count, 16)).astype(np.float32)
+
+
+def expected(directory: Path, seed: int, x: np.ndarray) -> np.ndarray:
+    package = read_package(directory)
+    items = run_network(layers(seed), quantise(x, package.inputs[0].wire))
+    return dequantise(items, package.outputs[0].wire, (-1, 6))
+
+
+def until(condition: Callable[[], Any], seconds: float = 15.0) -> None:
+    pause, end = threading.Event(), time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        pause.wait(0.005)
+
+
+class Site:
+    """A directory with two packages, and a fabric process that can be started and killed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.socket, self.lock = root / "fabric.sock", root / "fabric.lock"
+        self.faults = root / "faults.json"
+        self.process: subprocess.Popen[str] | None = None
+        self.backends: list[FpgaBackend] = []
+        for seed in (1, 2):
+            write_overlay_package(
+                root / f"p{seed}", name=f"net{seed}", board="pynq-z2", part=Z2, clock_mhz=100.0,
+                layers=layers(seed), input=X, output=TensorSpec("y", "FP32", (-1, 6)),
+            )  # fmt: skip
+
+    def command(self, *more: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "gatelet.accelerators.fpga.fabric"),
+            *("--socket", str(self.socket), "--lock", str(self.lock)),
+            *("--board", "pynq-z2", "--device", "gatelet.simulator.board", *more),
+        ]
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command("--hang-after", "0.2"),
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, FAULTS_VARIABLE: str(self.faults)},
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().startswith("fabric ready: board=pynq-z2 part=xc7z020")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        process, self.process = self.process, None
+        assert process is not None
+        assert process.stdout is not None
+        process.send_signal(number)
+        try:
+            return process.wait(10)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+    def backend(self) -> FpgaBackend:
+        backend = FpgaBackend(self.socket, "pynq-z2", Z2)
+        self.backends.append(backend)
+        return backend
+
+    def load(self, seed: int, backend: FpgaBackend | None = None) -> FpgaSession:
+        variant = Variant("stream", f"p{seed}", "pynq-z2", Z2)
+        return (backend or self.backend()).load(self.root, variant, LoadOptions())
+
+    def check(self, session: FpgaSession, seed: int, count: int = 5) -> None:
+        x = batch(seed, count)
+        result = session.run({"x": x}, deadline=time.monotonic() + 10)["y"]
+        np.testing.assert_array_equal(result, expected(self.root / f"p{seed}", seed, x))
+
+    def status(self) -> dict[str, Any]:
+        client = FabricClient(self.socket)
+        try:
+            return client.call({"op": "status"}).header["status"]
+        finally:
+            client.close()
+
+    def close(self) -> None:
+        for backend in self.backends:
+            backend.close()
+        if self.process is not None:
+            self.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    threads = set(threading.enumerate())
+    site = Site(tmp_path)
+    try:
+        yield site
+    finally:
+        site.close()
+    until(lambda: set(threading.enumerate()) <= threads)
+
+
+@pytest.fixture
+def running(site: Site) -> Site:
+    site.start()
+    return site
+
+
+def test_inference_is_exact_and_reported(running: Site) -> None:
+    session = running.load(1)
+    assert (session.backend, session.healthy) == ("fpga", True)
+    assert session.inputs == (X,)
+    for count in (1, 5, 100):
+        running.check(session, 1, count)
+    status = running.status()
+    assert status["board"] == "pynq-z2"
+    assert status["part"] == Z2
+    assert status["loaded"] == "net1"
+    assert status["reconfigurations"] == 1
+    assert status["requests"] == 4, "three, and the probe"
+    assert status["dmaErrors"] == 0
+    assert status["pid"] == running.process.pid
+    session.close()
+    assert running.status()["loaded"] is None
+    with pytest.raises(BackendUnavailable, match="closed"):
+        session.run({"x": batch(1)})
+    assert running.end() == 0
+    assert not running.socket.exists()
+
+
+def test_a_wrong_request_does_not_reach_the_fabric(running: Site) -> None:
+    session = running.load(1)
+    before = running.status()["transfers"]
+    for inputs, outputs in (
+        ({"z": batch(1)}, None),
+        ({"x": batch(1)[:, :3]}, None),
+        ({"x": batch(1).astype(np.float64)}, None),
+        ({"x": batch(1)}, ["nope"]),
+        ({"x": np.broadcast_to(np.float32(0), (5 << 20, 16))}, None),
+    ):
+        with pytest.raises(InvalidTensor):
+            session.run(inputs, outputs)
+    with pytest.raises(DeadlineExceeded):
+        session.run({"x": batch(1)}, deadline=time.monotonic() - 1)
+    assert running.status()["transfers"] == before
+    assert session.healthy
+
+
+def test_killed_in_mid_stream_it_fails_at_once_and_heals_by_itself(running: Site) -> None:
+    session = running.load(1)
+    failures: list[tuple[float, BackendError]] = []
+    answered = threading.Event()
+
+    def stream() -> None:
+        while True:
+            try:
+                running.check(session, 1)
+                answered.set()
+            except BackendError as error:
+                failures.append((time.monotonic(), error))
+                return
+
+    streams = [threading.Thread(target=stream) for _ in range(3)]
+    for thread in streams:
+        thread.start()
+    assert answered.wait(10)
+    killed = time.monotonic()
+    running.end(signal.SIGKILL)
+    for thread in streams:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(failures) == 3
+    for moment, error in failures:
+        assert isinstance(error, BackendUnavailable)
+        assert moment - killed < 2
+    until(lambda: not session.healthy, 1)
+    started = time.monotonic()
+    with pytest.raises(BackendUnavailable):
+        session.run({"x": batch(1)})
+    assert time.monotonic() - started < 0.05
+    running.start()
+    until(lambda: session.healthy)
+    running.check(session, 1)
+
+
+def test_a_death_while_idle_is_noticed_without_a_request(running: Site) -> None:
+    session = running.load(1)
+    running.end(signal.SIGKILL)
+    until(lambda: not session.healthy, 2)
+
+
+def test_a_fabric_that_is_not_running_yet_is_no_reason_not_to_load(site: Site) -> None:
+    session = site.load(1)
+    assert not session.healthy
+    with pytest.raises(BackendUnavailable, match="no fabric process at"):
+        session.run({"x": batch(1)})
+    site.start()
+    until(lambda: session.healthy)
+    site.check(session, 1)
+
+
+def test_two_packages_share_the_fabric(running: Site) -> None:
+    backend = running.backend()
+    sessions = {seed: running.load(seed, backend) for seed in (1, 2)}
+    for _ in range(5):
+        for seed, session in sessions.items():
+            running.check(session, seed)
+    errors: list[Exception] = []
+
+    def use(seed: int) -> None:
+        try:
+            for _ in range(20):
+                running.check(sessions[seed], seed)
+        except (BackendError, AssertionError) as error:
+            errors.append(error)
+
+    users = [threading.Thread(target=use, args=(seed,)) for seed in (1, 2, 1, 2)]
+    for thread in users:
+        thread.start()
+    for thread in users:
+        thread.join(30)
+    assert not errors
+    assert running.status()["reconfigurations"] >= 10
+
+
+def test_what_does_not_fit_the_board_is_refused_with_a_reason(site: Site) -> None:
+    backend = site.backend()
+    good = Variant("stream", "p1", "pynq-z2", Z2)
+    assert backend.accepts(good) is None
+    assert FpgaBackend("/none", None, None).accepts(good) == "this device has no FPGA board"
+    for variant, words in (
+        (Variant("onnx", "p1"), "onnx"),
+        (Variant("stream", "p1", "zcu104", Z2), "zcu104.*pynq-z2"),
+        (Variant("stream", "p1", "pynq-z2", "xczu7ev-ffvc1156-2-e"), "xczu7ev.*xc7z020"),
+    ):
+        assert backend.accepts(variant)
+        with pytest.raises(LoadError, match=words):
+            backend.load(site.root, variant, LoadOptions())
+    write_overlay_package(
+        site.root / "p3", name="other", board="pynq-z2", part="xc7z010clg400-1", clock_mhz=100.0,
+        layers=layers(3), input=X, output=TensorSpec("y", "FP32", (-1, 6)),
+    )  # fmt: skip
+    with pytest.raises(LoadError, match=r"7z010clg400 .* xc7z020clg400-1"):
+        backend.load(site.root, Variant("stream", "p3"), LoadOptions())
+
+
+def test_a_deadline_that_passes_in_the_queue_is_answered_without_the_fabric(running: Site) -> None:
+    session = running.load(1)
+    before = running.status()["transfers"]
+    write_fault(running.faults, Fault("slow", seconds=0.15, times=1))
+    slow = threading.Thread(target=running.check, args=(session, 1))
+    slow.start()
+    until(lambda: running.status()["requests"] == 2)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        session.run({"x": batch(1)}, deadline=started + 0.03)
+    assert time.monotonic() - started < 0.1
+    slow.join(10)
+    until(lambda: running.status()["expired"] == 1)
+    assert running.status()["transfers"] == before + 1
+    running.check(session, 1)
+
+
+def test_a_hang_costs_one_deadline_and_no_more(running: Site) -> None:
+    session = running.load(1)
+    write_fault(running.faults, Fault("hang", times=1))
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        session.run({"x": batch(1)}, deadline=started + 0.1)
+    assert time.monotonic() - started < 0.2
+    running.check(session, 1)
+    status = running.status()
+    assert status["hangs"] == 1
+    assert status["reconfigurations"] == 2
+
+
+def test_a_dma_error_puts_the_session_out_of_use_until_a_probe_passes(running: Site) -> None:
+    session = running.load(1)
+    write_fault(running.faults, Fault("error", error="decode"))
+    with pytest.raises(BackendUnavailable, match="decode error"):
+        session.run({"x": batch(1)}, deadline=time.monotonic() + 5)
+    assert not session.healthy
+    until(lambda: running.status()["dmaErrors"] >= 3)
+    assert not session.healthy
+    write_fault(running.faults, Fault())
+    until(lambda: session.healthy)
+    running.check(session, 1)
+
+
+def test_hostile_bytes_end_only_their_own_connection(running: Site) -> None:
+    session = running.load(1)
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"GLF1" + b"\xff" * 8, b"GLF1"):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as hostile:
+            hostile.connect(str(running.socket))
+            hostile.sendall(junk)
+            hostile.shutdown(socket.SHUT_WR)
+            hostile.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert hostile.recv(1) == b""
+    running.check(session, 1)
+
+
+def test_a_second_process_does_not_get_the_fabric(running: Site) -> None:
+    other = subprocess.run(
+        running.command(), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert other.returncode == 1
+    assert f"belongs to process {running.process.pid}" in other.stderr
+    assert "Traceback" not in other.stderr
+    running.check(running.load(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "blocked", "words"),
+    [
+        (["--board", "pynq-z2"], "", "finds no FPGA"),
+        (["--board", "pynq-z2"], "pynq", "gatelet[fpga]"),
+        (["--board", "pynq-z2", "--device", "gatelet.simulator.board"], "pynq", "gatelet[fpga]"),
+        (["--board", "zx81", "--device", "gatelet.simulator.board"], "", "no simulated board"),
+        (["--device", "gatelet.simulator.board"], "", "--device needs --board"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, options: list[str], blocked: str, words: str
+) -> None:
+    code = (
+        f"import sys; blocked = {blocked!r}\n"
+        "if blocked: sys.modules[blocked] = None\n"
+        "from gatelet.accelerators.fpga.fabric import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    paths = ["--socket", str(tmp_path / "s"), "--lock", str(tmp_path / "l")]
+    environment = {key: value for key, value in os.environ.items() if key != "BOARD"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths, *options],
+        capture_output=True, text=True, timeout=30, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_ends_with_its_parent(site: Site) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True)\n"
+        "print(child.stdout.readline(), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, *site.command("--die-with-parent")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().startswith("fabric ready")
+        with pytest.raises(BackendUnavailable):
+            take_lock(site.lock)
+        parent.kill()
+    until(lambda: _free(site.lock))
+
+
+def _free(lock: Path) -> bool:
+    try:
+        take_lock(lock).close()
+    except BackendUnavailable:
+        return False
+    return True
