@@ -91,8 +91,8 @@ class FabricDriver:
         self._monotonic = monotonic
         self._lock: IO[str] | None = None
         self._device: Any = None
-        self._overlays: dict[str, Any] = {}
-        self._limits: dict[str, int] = {}
+        self._overlays: dict[tuple[object, ...], Any] = {}
+        self._limits: dict[tuple[object, ...], int] = {}
         self._active: _Active | None = None
         self._unfinished: float | None = None
         self._broken = False
@@ -146,14 +146,14 @@ class FabricDriver:
     def load(self, package: OverlayPackage) -> None:
         """Check the package and put it into the fabric once. Raises LoadError or FabricSick."""
         self._settle()
-        self._limits[package.sha256] = preflight(package, self._part)
+        self._limits[package.identity] = preflight(package, self._part)
         self._activate(package)
 
     def unload(self, package: OverlayPackage) -> None:
         """Forget what is kept for the package."""
-        self._overlays.pop(package.sha256, None)
-        self._limits.pop(package.sha256, None)
-        if self._active and self._active.package.sha256 == package.sha256:
+        self._overlays.pop(package.identity, None)
+        self._limits.pop(package.identity, None)
+        if self._active and self._active.package.identity == package.identity:
             self._leave()
 
     def infer(self, package: OverlayPackage, items: Items, deadline: float | None) -> Items:
@@ -163,11 +163,8 @@ class FabricDriver:
         transfer hangs; either way the fabric is set right before the next transfer, or by
         `recover`. The package must have been loaded.
         """
-        try:
-            self._settle()
-            active = self._activate(package)
-        except LoadError as error:
-            raise FabricSick(str(error)) from error
+        self._settle()
+        active = self._in_fabric(package)
         wire = package.outputs[0].wire
         results = np.empty((len(items), wire.elements), np.int8)
         for start in range(0, len(items), active.chunk):
@@ -177,8 +174,14 @@ class FabricDriver:
 
     def recover(self) -> None:
         """Bring the fabric back after a failed transfer. Raises FabricSick when that fails."""
+        package = self._active.package if self._active else None
+        self._settle()
+        if package is not None:
+            self._in_fabric(package)
+
+    def _in_fabric(self, package: OverlayPackage) -> _Active:
         try:
-            self._settle()
+            return self._activate(package)
         except LoadError as error:
             raise FabricSick(str(error)) from error
 
@@ -238,7 +241,10 @@ class FabricDriver:
         return all(value & _IDLE for value in status)
 
     def _settle(self) -> None:
-        """Wait for an abandoned transfer as long as it may take, then reset what still hangs."""
+        """Wait for an abandoned transfer as long as it may take, then empty what still hangs.
+
+        Whatever is used next is downloaded, since a reset of the DMA does not reach the core.
+        """
         active, started = self._active, self._unfinished
         if active is not None and started is not None and not self._broken:
             try:
@@ -247,16 +253,12 @@ class FabricDriver:
                 _LOG.warning("%s", error)
         broken, self._broken, self._unfinished = self._broken, False, None
         if active is not None and broken:
-            self._restart(active)
-
-    def _restart(self, active: _Active) -> None:
-        package = active.package
-        try:
-            self._reset(active.registers)
-        except FabricSick as error:
-            _LOG.warning("%s", error)
-        self._leave()
-        self._activate(package)
+            try:
+                # The DMA must not write into buffers that are about to be given back.
+                self._reset(active.registers)
+            except FabricSick as error:
+                _LOG.warning("%s", error)
+            self._leave()
 
     def _leave(self) -> None:
         active, self._active = self._active, None
@@ -265,28 +267,28 @@ class FabricDriver:
             active.receive.freebuffer()
 
     def _activate(self, package: OverlayPackage) -> _Active:
-        if self._active is not None and self._active.package.sha256 == package.sha256:
+        if self._active is not None and self._active.package.identity == package.identity:
             return self._active
-        limit = self._limits.get(package.sha256)
+        limit = self._limits.get(package.identity)
         if limit is None:
             raise LoadError(f"{package.name} is not loaded")
         self._leave()
         try:
             self._active = self._download(package, limit)
         except _PYNQ_ERRORS as error:
-            self._overlays.pop(package.sha256, None)
+            self._overlays.pop(package.identity, None)
             raise LoadError(f"{package.bit}: the fabric did not take it ({error})") from error
         return self._active
 
     def _download(self, package: OverlayPackage, limit: int) -> _Active:
         from pynq import MMIO, Overlay, allocate
 
-        overlay = self._overlays.get(package.sha256)
+        overlay = self._overlays.get(package.identity)
         if overlay is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 overlay = Overlay(str(package.bit), download=False, device=self._device)
-            self._overlays[package.sha256] = overlay
+            self._overlays[package.identity] = overlay
         set_frequencies(overlay.clock_dict, package.clock_mhz)
         overlay.download()
         self._reconfigurations += 1

@@ -89,6 +89,13 @@ class OverlayPackage:
     max_batch: int
     sha256: str
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for packages that can take each other's place in the fabric, wherever they are."""
+        return (
+            self.sha256, self.dma, self.clock_mhz, self.max_batch, self.inputs, self.outputs
+        )  # fmt: skip
+
 
 def read_package(directory: Path) -> OverlayPackage:
     """Read `directory / overlay.json`. Raises LoadError naming the field that is wrong."""

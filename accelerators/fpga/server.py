@@ -325,7 +325,7 @@ class FabricServer:
         with self._guard:
             package = client.packages.pop(handle, None)
             shared = package is not None and any(
-                other.sha256 == package.sha256
+                other.identity == package.identity
                 for holder in self._clients.values()
                 for other in holder.packages.values()
             )

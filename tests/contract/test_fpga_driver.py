@@ -148,6 +148,38 @@ def test_a_hang_ends_at_the_deadline_and_the_fabric_comes_back(
     assert driver.counters.reconfigurations == 2
 
 
+def test_a_broken_overlay_does_not_stand_in_the_way_of_another(
+    driver: FabricDriver, tmp_path: Path, faults: Path
+) -> None:
+    one, other = package(tmp_path / "1", 1), package(tmp_path / "2", 2)
+    driver.load(one)
+    write_fault(faults, Fault("hang", times=1))
+    with pytest.raises(FabricSick):
+        driver.infer(one, items(3), None)
+    one.bit.unlink()
+    driver.load(other)
+    np.testing.assert_array_equal(
+        driver.infer(other, items(3), None), run_network(layers(2), items(3))
+    )
+    with pytest.raises(FabricSick, match=r"net1\.bit"):
+        driver.infer(one, items(3), None)
+    assert driver.infer(other, items(3), None).shape == (3, 6)
+
+
+def test_the_same_package_elsewhere_needs_no_reconfiguration(
+    driver: FabricDriver, tmp_path: Path
+) -> None:
+    one, other = package(tmp_path / "1"), package(tmp_path / "2")
+    narrow = package(tmp_path / "3", max_batch=2)
+    for loaded in (one, other):
+        driver.load(loaded)
+        driver.infer(loaded, items(3), None)
+    assert driver.counters.reconfigurations == 1
+    driver.load(narrow)
+    assert driver.infer(narrow, items(3), None).shape == (3, 6)
+    assert driver.counters.reconfigurations == 2
+
+
 def test_without_a_deadline_a_hang_ends_as_well(
     driver: FabricDriver, tmp_path: Path, faults: Path
 ) -> None:
