@@ -102,7 +102,7 @@ class DataPlane:
             )
         finally:
             instance.end()
-        datatypes = {spec.name: spec.datatype for spec in instance.outputs}
+        datatypes = instance.output_datatypes
         return InferenceResponse(
             request.model,
             target.version,

@@ -40,12 +40,18 @@ class BackendReport:
 
 
 class Member:
-    """One session of an instance, with its breaker and counts."""
+    """One session of an instance, with its breaker and counts.
 
-    def __init__(self, session: Session, variant: str, now: Callable[[], float]) -> None:
+    `proven`: whether its answers may be given out, because it passed the probe.
+    """
+
+    def __init__(
+        self, session: Session, variant: str, now: Callable[[], float], *, proven: bool = True
+    ) -> None:
         self.session = session
         self.variant = variant
         self.name = session.backend
+        self.proven = proven
         self._now = now
         self._lock = threading.Lock()
         self._breaker = circuit.CLOSED
@@ -54,9 +60,14 @@ class Member:
         self._failures = 0
         self._fallbacks = 0
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is there and may answer, on probation or not."""
+        return self.proven and self.session.healthy
+
     def allowed(self) -> bool:
         """Whether to ask it now; a trial after a pause is granted to one caller only."""
-        if not self.session.healthy:
+        if not self.usable:
             return False
         if self._breaker is circuit.CLOSED:
             return True
@@ -98,11 +109,15 @@ class Member:
 
     def report(self) -> BackendReport:
         with self._lock:
-            closed = circuit.allows(self._breaker, self._now())
+            detail = self._detail
+            if not self.session.healthy:
+                detail = detail or "the backend is away"
+            elif not self.proven:
+                detail = "not probed yet"
             return BackendReport(
                 self.name,
-                self.session.healthy and closed,
-                self._detail or ("" if self.session.healthy else "the backend is away"),
+                self.usable and circuit.allows(self._breaker, self._now()),
+                detail,
                 self._requests,
                 self._failures,
                 self._fallbacks,
@@ -134,6 +149,7 @@ class Instance:
         self.version = version
         self.inputs = inputs
         self.outputs = outputs
+        self.output_datatypes = {spec.name: spec.datatype for spec in outputs}
         self.platform = platform
         self.timeout = timeout
         self.state = State.LOADED
@@ -158,6 +174,12 @@ class Instance:
                 return
         member.session.close()
 
+    def remove(self, member: Member) -> None:
+        """Ask this backend no more, and close it."""
+        with self._idle:
+            self._members = tuple(one for one in self._members if one is not member)
+        member.session.close()
+
     @property
     def in_flight(self) -> int:
         return self._in_flight
@@ -165,7 +187,7 @@ class Instance:
     @property
     def healthy(self) -> bool:
         """Whether a request may find a backend now."""
-        return any(member.session.healthy for member in self._members)
+        return any(member.usable for member in self._members)
 
     def begin(self) -> bool:
         """Claim the instance for one request; False when it is being closed. Ends with `end`."""
@@ -205,7 +227,7 @@ class Instance:
                 member.passed_on()
         # Nobody else could: one that is on probation is better than no answer.
         for member in skipped:
-            if member.session.healthy:
+            if member.usable:
                 answer = self._attempt(member, inputs, outputs, deadline, reasons)
                 if answer is not None:
                     return answer

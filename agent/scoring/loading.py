@@ -87,7 +87,8 @@ class Loaded:
     @property
     def missing(self) -> bool:
         """Whether a backend may still join."""
-        return bool(self._missing)
+        unproven = any(not member.proven for member in self.instance.members)
+        return bool(self._missing) or (unproven and self.instance.state is State.READY)
 
     def _open_all(self, backends: Mapping[str, Backend]) -> list[Member]:
         members: list[Member] = []
@@ -141,33 +142,43 @@ class Loaded:
         except InstanceRefused:
             session.close()
             raise
-        return Member(session, f"{variant.kind} {variant.path}", time.monotonic)
+        return Member(session, f"{variant.kind} {variant.path}", time.monotonic, proven=False)
 
     def retry_missing(self) -> list[str]:
-        """Open what was unavailable before; the names of the backends that joined.
+        """Open and prove what was away before; the names of the backends that joined.
 
-        A backend joins only after it answered the sample as the others did.
+        Once the instance is ready, a backend joins only after it answered the sample rightly.
         """
-        joined = []
         for name, missing in list(self._missing.items()):
             try:
                 member = self._open(missing.backend, missing.variant)
-                if self.instance.state is State.READY:
-                    self._try(member)
             except BackendUnavailable as error:
                 self._missing[name] = _Missing(missing.backend, missing.variant, str(error))
                 continue
             except (BackendError, InstanceRefused) as error:
-                del self._missing[name]
                 self._left_out.append(f"{name}: {error}")
-                continue
+            else:
+                before = self._order[: self._order.index(name)]
+                place = sum(one.name in before for one in self.instance.members)
+                self.instance.add(member, place)
             del self._missing[name]
-            present = {m.name for m in self.instance.members}
-            self.instance.add(
-                member, sum(n in present for n in self._order[: self._order.index(name)])
-            )
-            joined.append(name)
-        return joined
+        if self.instance.state is not State.READY:
+            return []
+        return [member.name for member in self.instance.members if self._prove_late(member)]
+
+    def _prove_late(self, member: Member) -> bool:
+        if member.proven or not member.session.healthy:
+            return False
+        try:
+            self._try(member)
+        except BackendUnavailable:
+            return False
+        except (BackendError, InstanceRefused) as error:
+            self._left_out.append(f"{member.name} ({member.variant}): {error}")
+            self.instance.remove(member)
+            return False
+        member.proven = True
+        return True
 
     def probe(self) -> None:
         """Run the sample, or zeros, once on every backend and set the instance's state.
@@ -180,6 +191,7 @@ class Loaded:
         for member in self.instance.members:
             try:
                 self._try(member)
+                member.proven = True
                 answered += 1
             except BackendUnavailable as error:
                 unavailable.append(f"{member.name}: {error}")

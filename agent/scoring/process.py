@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,7 +97,11 @@ def run_scoring(settings: ScoringSettings) -> int:
 
 
 def _serve(settings: ScoringSettings) -> int:
-    backends = make_backends(settings)
+    with ExitStack() as cleanup:
+        return _serve_with(settings, make_backends(settings, cleanup))
+
+
+def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> int:
     plane = DataPlane(_version())
     limits = GrpcLimits(threads=settings.grpc_threads, max_message_bytes=settings.max_message_bytes)
     server = GrpcServer(plane, settings.grpc_address, limits)
@@ -125,15 +130,16 @@ def _serve(settings: ScoringSettings) -> int:
     return 0
 
 
-def make_backends(settings: ScoringSettings) -> Mapping[str, Backend]:
+def make_backends(settings: ScoringSettings, cleanup: ExitStack) -> Mapping[str, Backend]:
     """The backends of this device by name, in the order they are preferred."""
     backends: dict[str, Backend] = {}
     if settings.fabric_socket is not None:
         from ...accelerators.fpga.backend import FpgaBackend
 
-        fpga: Backend = FpgaBackend(settings.fabric_socket, settings.board, settings.part)
+        fpga = FpgaBackend(settings.fabric_socket, settings.board, settings.part)
+        cleanup.callback(fpga.close)
         backends[fpga.name] = fpga
-    cpu: Backend = CpuBackend(settings.threads)
+    cpu = CpuBackend(settings.threads)
     backends[cpu.name] = cpu
     return backends
 

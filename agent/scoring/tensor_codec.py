@@ -110,7 +110,7 @@ def _layout(
     dimensions = tuple(shape)
     if len(dimensions) > _MOST_DIMENSIONS:
         raise _invalid(name, f"{len(dimensions)} dimensions, at most {_MOST_DIMENSIONS} are served")
-    if any(size < 0 for size in dimensions):
+    if min(dimensions, default=0) < 0:
         raise _invalid(name, f"shape {list(dimensions)} must not have negative sizes")
     return dtype, dimensions, math.prod(dimensions)
 

@@ -241,11 +241,11 @@ def test_work_that_is_too_late_is_not_begun(tmp_path: Path, accelerator: Acceler
 
 
 def test_the_models_own_time_limit_is_kept(tmp_path: Path, accelerator: Accelerator) -> None:
-    accelerator.sick = True
     folder = onnx_models.scale_folder(tmp_path / "m", 2, more_variants=[OVERLAY])
     with serve(tmp_path / "s", [accelerator, CpuBackend()]) as site:
         site.load("e", folder, timeout_ms=50)
         site.probe("e")
+        accelerator.sick = True
         site.switch({"e": [("e", 0, True)]})
         accelerator.go_on.clear()
         release = threading.Timer(0.2, accelerator.go_on.set)

@@ -40,6 +40,15 @@ def test_serves_and_ends_cleanly(tmp_path: Path) -> None:
     assert not control.exists()
 
 
+def test_scores_on_the_cpu_while_the_fabric_process_is_away(tmp_path: Path) -> None:
+    fabric = ("--fabric-socket", str(tmp_path / "nobody"), "--board", "pynq-z2")
+    with scoring_process(tmp_path / "s", *fabric) as scoring:
+        scoring.site.deploy({"e": onnx_models.scale_folder(tmp_path / "m", 2)})
+        with ScoringClient(scoring.site.address) as client:
+            assert client.infer("e", {"x": X})["total"].tolist() == [[8.0]]
+        assert scoring.terminate() == 0
+
+
 def test_a_killed_process_can_be_started_again(tmp_path: Path) -> None:
     folder = onnx_models.scale_folder(tmp_path / "m", 2)
     boots = set()

@@ -163,6 +163,7 @@ def test_a_late_backend_with_wrong_answers_does_not_join(tmp_path: Path) -> None
     assert names(one) == ["cpu"]
     assert "output 'y' of the sample" in one.notes[0]
     assert one.instance.state is State.READY
+    assert not one.missing
 
 
 def test_the_probe_compares_with_the_sample(tmp_path: Path) -> None:
@@ -194,11 +195,32 @@ def test_a_backend_that_is_away_does_not_fail_the_probe_of_the_others(tmp_path: 
     fpga.away = True
     one.probe()
     assert one.instance.state is State.READY
+    # It is back, but nothing is known of its answers: it waits for its own probe.
+    fpga.away = False
+    assert not one.instance.members[0].allowed()
+    assert one.instance.members[0].report().detail == "not probed yet"
+    assert one.missing
+    assert one.retry_missing() == ["fpga"]
+    assert one.instance.members[0].allowed()
+    assert not one.missing
     alone = loaded(onnx_models.scale_folder(tmp_path, 2, more_variants=[OVERLAY]))
     alone.instance.members[0].session.close()
     with pytest.raises(InstanceUnavailable, match="no backend could be probed"):
         alone.probe()
     assert alone.instance.state is State.LOADED
+
+
+def test_a_backend_that_comes_back_with_wrong_answers_is_dropped(tmp_path: Path) -> None:
+    folder = onnx_models.scale_folder(tmp_path, 2, more_variants=[OVERLAY], sample=SAMPLE)
+    fpga = FakeFpga()
+    one = loaded(folder, fpga)
+    fpga.away = True
+    one.probe()
+    fpga.away, fpga.distortion = False, 3.0
+    assert one.retry_missing() == []
+    assert names(one) == ["cpu"]
+    assert one.notes[0].startswith("fpga (finn overlays/pynq-z2): output 'y'")
+    assert not one.missing
 
 
 def test_without_a_sample_zeros_are_run_and_shapes_are_checked(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""What our gRPC server costs beside a bare onnxruntime loop: `python tests/bench/bench_scoring.py`.
+
+Prints requests/s, p50 and p99 at several concurrencies, measured with blocking Python clients in
+processes of their own, then the start time and the memory of the scoring process. Client and server
+share the machine's cores, so compare rows of one run with each other, not runs with each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import onnx_models
+import scoring_site
+
+MODELS = {
+    "mlp": (onnx_models.mlp, (1, 64)),
+    "cnn": (onnx_models.cnn, (1, 1, 28, 28)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in seconds. `cpu`: of the serving process, per request."""
+
+    model: str
+    what: str
+    concurrency: int
+    per_second: float
+    p50: float
+    p99: float
+    cpu: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        _run(Path(folder), options.seconds, options.concurrency)
+    return 0
+
+
+def _run(folder: Path, seconds: float, concurrencies: Sequence[int]) -> None:
+    folders = {}
+    for name, (build, shape) in MODELS.items():
+        inputs = [("x", "FP32", (-1, *shape[1:]))]
+        folders[name] = onnx_models.write_folder(
+            folder / name, build(), inputs, [("y", "FP32", (-1, 10))], name=name
+        )
+    rows = [_bare(name, folders[name], seconds) for name in MODELS]
+    started = time.perf_counter()
+    with scoring_site.scoring_process(folder / "s") as scoring:
+        start_time = time.perf_counter() - started
+        empty = _memory(scoring.process.pid)
+        scoring.site.deploy(folders)
+        deployed = time.perf_counter() - started
+        for name in MODELS:
+            rows += [_served(name, scoring, c, seconds) for c in concurrencies]
+        full = _memory(scoring.process.pid)
+        scoring.terminate()
+    _print(rows)
+    print(f"\nscoring process: ready after {start_time:.2f} s, with both models {deployed:.2f} s")
+    for state, memory in (("before models", empty), ("after the runs", full)):
+        print(f"memory {state}: RSS {memory[0]:.0f} MiB, PSS {memory[1]:.0f} MiB")
+
+
+def _bare(name: str, folder: Path, seconds: float) -> Row:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        str(folder / "onnx/model.onnx"), settings, providers=["CPUExecutionProvider"]
+    )
+    x = _input(name)
+    feed = {"x": x}
+    for _ in range(200):
+        session.run(["y"], feed)
+    cpu = time.process_time()
+    times = _timed(lambda: session.run(["y"], feed), seconds)
+    cpu = time.process_time() - cpu
+    return _row(name, "onnxruntime loop", 1, [times], cpu)
+
+
+def _served(
+    name: str, scoring: scoring_site.ScoringProcess, concurrency: int, seconds: float
+) -> Row:
+    context = multiprocessing.get_context("spawn")
+    # Two processes at most: more would only take turns on a small machine.
+    processes = min(2, concurrency)
+    barrier = context.Barrier(processes + 1)
+    results: Any = context.Queue()
+    workers = [
+        context.Process(
+            target=_client,
+            args=(name, scoring.site.address, concurrency // processes, seconds, barrier, results),
+        )
+        for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    before = _cpu_seconds(scoring.process.pid)
+    times = [one for _ in workers for one in results.get()]
+    cpu = _cpu_seconds(scoring.process.pid) - before
+    for worker in workers:
+        worker.join()
+    return _row(name, "gatelet gRPC", concurrency, times, cpu)
+
+
+def _client(
+    name: str, address: str, threads: int, seconds: float, barrier: Any, results: Any
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+    from gatelet.protos import open_inference_pb2 as oip
+    from gatelet.protos.services import InferenceStub
+
+    x = _input(name)
+    request = oip.ModelInferRequest(model_name=name, raw_input_contents=[x.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(threads) as pool:
+        infer = InferenceStub(channel).model_infer
+        for _ in range(100):
+            infer(request)
+        barrier.wait()
+        runs = [pool.submit(_timed, lambda: infer(request), seconds) for _ in range(threads)]
+        results.put([run.result() for run in runs])
+
+
+def _input(name: str) -> np.ndarray:
+    return np.random.default_rng(3).random(MODELS[name][1], np.float32)
+
+
+def _timed(work: Any, seconds: float) -> list[float]:
+    times = []
+    clock = time.perf_counter
+    now = clock()
+    end = now + seconds
+    while now < end:
+        work()
+        after = clock()
+        times.append(after - now)
+        now = after
+    return times
+
+
+def _row(
+    name: str, what: str, concurrency: int, per_thread: Sequence[Sequence[float]], cpu: float
+) -> Row:
+    times = sorted(one for thread in per_thread for one in thread)
+    rate = sum(len(thread) / sum(thread) for thread in per_thread)
+    return Row(
+        name,
+        what,
+        concurrency,
+        rate,
+        statistics.median(times),
+        times[int(len(times) * 0.99)],
+        cpu / len(times),
+    )
+
+
+def _print(rows: Sequence[Row]) -> None:
+    print(
+        f"{'model':<6} {'what':<18} {'c':>3} {'req/s':>9} {'p50 us':>8} {'p99 us':>8} "
+        f"{'CPU us':>7} {'rate/bare':>9} {'p50/bare':>9}"
+    )
+    bare = {row.model: row for row in rows if row.what == "onnxruntime loop"}
+    for row in sorted(rows, key=lambda row: (row.model, row.what != "onnxruntime loop")):
+        reference = bare[row.model]
+        print(
+            f"{row.model:<6} {row.what:<18} {row.concurrency:>3} {row.per_second:>9.0f} "
+            f"{row.p50 * 1e6:>8.0f} {row.p99 * 1e6:>8.0f} {row.cpu * 1e6:>7.0f} "
+            f"{row.per_second / reference.per_second:>9.2f} {row.p50 / reference.p50:>9.1f}"
+        )
+
+
+def _cpu_seconds(pid: int) -> float:
+    import psutil
+
+    spent = psutil.Process(pid).cpu_times()
+    return float(spent.user + spent.system)
+
+
+def _memory(pid: int) -> tuple[float, float]:
+    """RSS and PSS in MiB."""
+    import psutil
+
+    full = psutil.Process(pid).memory_full_info()
+    return full.rss / 2**20, full.pss / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main())
