@@ -30,7 +30,7 @@ def parse_challenges(header: str) -> tuple[Challenge, ...]:
         r'"(?:[^"\\]|\\.)*"', lambda match: '"' + "_" * (len(match[0]) - 2) + '"', header
     )
     starts = list(_SCHEME.finditer(blank))
-    ends = [match.start() for match in starts[1:]] + [len(header)]
+    ends = [*(match.start() for match in starts), len(header)][1:]
     found = []
     for match, end in zip(starts, ends, strict=True):
         parameters = {

@@ -209,15 +209,20 @@ class ContentStore:
     def commit(
         self, contents: ImageContents, accept: Callable[[Model, Path], None] = lambda *_: None
     ) -> StoredImage:
-        """Unpack the layers and make the image visible, in place of an older one of that digest.
+        """Unpack the layers and make the image visible.
 
-        `accept(model, model_dir)` may refuse it by raising an ImageError, before it is visible.
+        One that is there with these layers stays as it is. One with fewer layers is replaced: its
+        `model_dir` goes away (open files stay readable), so ask `get` for the new one.
+        `accept(model, model_dir)` may refuse by raising an ImageError, before anything is visible.
         Raises InvalidImage, DigestMismatch (a damaged blob is then removed) and what `accept` does.
         """
         with self._lock:
             busy = self._busy.setdefault(contents.digest + " image", threading.Lock())
         with busy, self._storage():
             old = self._records.get(contents.digest)
+            layers = tuple(layer.blob.digest for layer in contents.layers)
+            if old is not None and set(layers) <= set(old.layers):
+                return self._stored(old)
             name = self._free_name(contents.digest, old)
             work = self._images / f"{name}.unpack"
             try:
@@ -235,7 +240,7 @@ class ContentStore:
                 contents.reference,
                 name,
                 contents.blobs,
-                tuple(layer.blob.digest for layer in contents.layers),
+                layers,
                 files,
                 model,
             )

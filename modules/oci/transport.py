@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import random
 import ssl
@@ -77,7 +78,7 @@ class RegistryTransport:
             raise InvalidReference(f"registry address {settings.address!r}: expected HOST[:PORT]")
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._pools: dict[str | None, PoolManager] = {}
+        self._pools: dict[tuple[str, str | None], PoolManager] = {}
         self._tokens: dict[str, tuple[str, float]] = {}
         self._basic = False
 
@@ -205,15 +206,19 @@ class RegistryTransport:
         if not _is_loopback(parts.netloc) and not urllib.request.proxy_bypass(parts.netloc):
             proxy = urllib.request.getproxies().get(parts.scheme)
         with self._lock:
-            pool = self._pools.get(proxy)
+            key = parts.scheme, proxy
+            pool = self._pools.get(key)
             if pool is None:
-                options: dict[str, Any] = {"ssl_context": self._tls(), "maxsize": 4}
+                options: dict[str, Any] = {"maxsize": 4}
+                # Reading the system's authorities takes tens of milliseconds.
+                if parts.scheme == "https":
+                    options["ssl_context"] = self._tls()
                 pool = (
                     urllib3.ProxyManager(proxy, **options)
                     if proxy
                     else urllib3.PoolManager(**options)
                 )
-                self._pools[proxy] = pool
+                self._pools[key] = pool
             return pool
 
     def _tls(self) -> ssl.SSLContext:
@@ -336,7 +341,11 @@ class RegistryTransport:
 
 def _is_loopback(netloc: str) -> bool:
     host = urllib.parse.urlsplit(f"//{netloc}").hostname or ""
-    return host in ("localhost", "::1") or host.endswith(".localhost") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # A name that only starts like an address belongs to whoever registered it.
+        return host == "localhost"
 
 
 def _origin(url: str) -> str:
