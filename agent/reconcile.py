@@ -89,6 +89,7 @@ class Reconciler:
         self._progress: dict[str, Progress] = {}
         self._probation: Probation | None = None
         self._manifests: dict[int, Manifest] = {}
+        self._done_at: dict[Step, float] = {}
 
     # -- documents -----------------------------------------------------------------------------
 
@@ -262,8 +263,12 @@ class Reconciler:
         credentials = tuple(
             (c.address, c.username, c.password) for c in manifest.registry_credentials
         )
+        # A step that was done and is planned again had no lasting effect (the process lost it, or
+        # somebody undoes it): it must not spin.
+        soonest = self._clock.monotonic() - self._settings.retry_base_seconds
+        self._done_at = {step: at for step, at in self._done_at.items() if at > soonest}
         for step in current.steps:
-            if subject(step) not in self._tasks:
+            if subject(step) not in self._tasks and step not in self._done_at:
                 task = asyncio.get_running_loop().create_task(
                     self._carry_out(deployment.generation, step, credentials)
                 )
@@ -290,6 +295,7 @@ class Reconciler:
             self._note_failure(generation, step, message, retryable=True)
         else:
             self._failures.pop(step, None)
+            self._done_at[step] = self._clock.monotonic()
             log.info("%s: done", describe(step))
             self._store.journal(generation, describe(step), "done")
         finally:

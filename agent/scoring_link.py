@@ -89,7 +89,9 @@ class ScoringLink:
 
     async def probe(self, instance: str) -> None:
         request = pb.ProbeRequest(instance=instance)
-        await _ask(lambda: self._stub.probe(request, timeout=PROBE_SECONDS))
+        answer = await _ask(lambda: self._stub.probe(request, timeout=PROBE_SECONDS))
+        if answer.status.state != pb.InstanceStatus.READY:
+            raise StepFailed(answer.status.error or "the probe failed", retryable=False)
 
     async def switch(self, routes: tuple[Route, ...]) -> None:
         request = pb.SwitchRequest(
