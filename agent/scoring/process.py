@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,7 +29,8 @@ from .grpc_server import AddressUnavailable, GrpcLimits, GrpcServer
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 5.0
-_CONTROL_THREADS = 4
+# Loads and draining unloads each hold one; a status call must still get through.
+_CONTROL_THREADS = 8
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The size of sockaddr_un.sun_path, with its terminating zero.
 _MAX_SOCKET_PATH = 107
@@ -119,15 +121,23 @@ def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> i
         settings.control_socket,
         ", ".join(backends),
     )
-    while (received := signal.sigtimedwait(_SIGNALS, _RETRY_SECONDS)) is None:
-        service.retry_missing()
-    log.info("%s: draining", signal.Signals(received.si_signo).name)
+    ending = threading.Event()
+    # Not on this thread: a hanging accelerator must not keep a signal waiting.
+    threading.Thread(target=_retry, args=(service, ending), name="retry", daemon=True).start()
+    received = signal.sigwait(_SIGNALS)
+    log.info("%s: draining", signal.Signals(received).name)
+    ending.set()
     plane.stop()
     server.stop(settings.drain_seconds)
     control.stop()
     service.close()
     log.info("scoring ended")
     return 0
+
+
+def _retry(service: ControlService, ending: threading.Event) -> None:
+    while not ending.wait(_RETRY_SECONDS):
+        service.retry_missing()
 
 
 def make_backends(settings: ScoringSettings, cleanup: ExitStack) -> Mapping[str, Backend]:
