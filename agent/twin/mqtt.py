@@ -108,6 +108,7 @@ class MqttTransport:
         self._seed_timeout = seed_timeout
         self._settled_after = settled_after
         self._version = V5
+        self._keepalive = settings.keepalive
         self._session = 0
         self._reported: Mapping[str, Any] = {}
         self._report_lock = asyncio.Lock()
@@ -123,12 +124,10 @@ class MqttTransport:
                 reason = await link.serve()
             except TransportUnavailable as error:
                 reason = str(error)
-                if isinstance(error, ConnectFailed) and error.version_refused:
-                    self._version = V311 if self._version == V5 else V5
-                    if attempt == 0:
-                        # Nothing is wrong yet: the other version deserves its try at once.
-                        attempt = 1
-                        continue
+                if isinstance(error, ConnectFailed) and self._learns(error) and attempt == 0:
+                    # Nothing is wrong yet: what was learned deserves its try at once.
+                    attempt = 1
+                    continue
             finally:
                 self._session = max(self._session, link.newest_session)
             if link.was_up or reason != told:
@@ -162,8 +161,18 @@ class MqttTransport:
             topic, body, self._answer_timeout, user_properties=properties
         )
 
+    def _learns(self, error: ConnectFailed) -> bool:
+        """Whether the next connection will be asked for differently."""
+        if error.keepalive is not None:
+            self._keepalive = error.keepalive
+        elif error.version_refused:
+            self._version = V311 if self._version == V5 else V5
+        else:
+            return False
+        return True
+
     def _connection(self) -> PahoConnection:
-        if self._ready is None:
+        if self._ready is None or self._ready.lost.done():
             raise TransportUnavailable(
                 f"not connected to the MQTT broker {self._settings.host}:{self._settings.port}"
             )
@@ -186,7 +195,7 @@ class MqttTransport:
             username=settings.username or None,
             password=settings.password or None,
             tls=_tls_context(settings),
-            keepalive=settings.keepalive,
+            keepalive=self._keepalive,
         )
 
 
@@ -199,7 +208,7 @@ class _Link:
         self._session = session
         self._topics = transport._settings.topics
         self._connection: PahoConnection
-        self._seeded = asyncio.Event()
+        self._seeded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._retained_report: bytes | None = None
         self._desired: bytes | None = None
         self._has_desired = asyncio.Event()
@@ -264,12 +273,11 @@ class _Link:
                 f"the broker refuses the subscription of {self._topics}/desired; "
                 "allow it in the broker's access list"
             )
-        await self._publish_status("online")
+        await self._publish_status("online", timeout)
         if "reported" in refused or "status" in refused:
             return None
-        try:
-            await asyncio.wait_for(self._seeded.wait(), self._transport._seed_timeout)
-        except asyncio.TimeoutError:
+        await asyncio.wait({self._seeded}, timeout=self._transport._seed_timeout)
+        if not self._seeded.done():
             return None
         # Our own reports need not come back.
         connection.unsubscribe(f"{self._topics}/reported")
@@ -279,11 +287,11 @@ class _Link:
             return {}
         return document if isinstance(document, dict) else {}
 
-    async def _publish_status(self, status: str, reason: str = "") -> None:
+    async def _publish_status(self, status: str, timeout: float, reason: str = "") -> None:
         await self._connection.publish(
             f"{self._topics}/status",
             _status(status, self._session, reason),
-            self._transport._answer_timeout,
+            timeout,
             retain=True,
         )
 
@@ -291,8 +299,8 @@ class _Link:
         if self._connection.lost.done():
             return
         try:
-            await asyncio.wait_for(self._publish_status("offline", "stopped"), _FAREWELL_SECONDS)
-        except (TransportUnavailable, asyncio.TimeoutError):
+            await self._publish_status("offline", _FAREWELL_SECONDS, "stopped")
+        except TransportUnavailable:
             return  # then the broker sends the will
         await self._connection.close()
 
@@ -306,7 +314,7 @@ class _Link:
                 self._desired = message.payload
                 self._has_desired.set()
         elif kind == "reported":
-            if not self._seeded.is_set():
+            if not self._seeded.done():
                 self._retained_report = message.payload
         elif kind == "status":
             self._on_status(message.payload)
@@ -319,13 +327,13 @@ class _Link:
     def _on_status(self, payload: bytes) -> None:
         status, session = _read_status(payload)
         if session == self._session:
-            if status == "online":
-                self._seeded.set()
+            if status == "online" and not self._seeded.done():
+                self._seeded.set_result(None)
             return
         self.newest_session = max(self.newest_session, session)
-        if status == "offline" and self._seeded.is_set():
+        if status == "offline" and self._seeded.done():
             # The will of an earlier connection came late and hides our birth.
-            self._start(self._publish_status("online"))
+            self._start(self._publish_status("online", self._transport._answer_timeout))
 
     def _on_command(self, message: Message) -> None:
         if len(self._tasks) >= _METHODS_AT_ONCE:
@@ -364,6 +372,8 @@ class _Link:
         properties: dict[str, str] = {}
         if message.response_topic is not None:
             topic = message.response_topic
+            if not topic or set(topic) & set("+#"):
+                return  # only a broken broker lets this pass
             properties["status"] = str(result.status)
         elif len(levels) == 4:
             topic = f"{self._topics}/resp/{levels[3]}/{result.status}"

@@ -26,11 +26,15 @@ _TICK_SECONDS: Final = 1.0
 
 
 class ConnectFailed(TransportUnavailable):
-    """No connection; `version_refused` when another MQTT version may be welcome."""
+    """No connection; `version_refused` when another MQTT version may be welcome, `keepalive` when
+    the broker demands that one (in seconds)."""
 
-    def __init__(self, reason: str, version_refused: bool = False) -> None:
+    def __init__(
+        self, reason: str, version_refused: bool = False, keepalive: int | None = None
+    ) -> None:
         super().__init__(reason)
         self.version_refused = version_refused
+        self.keepalive = keepalive
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +87,23 @@ class PahoConnection:
         self._acknowledgements: dict[int, asyncio.Future[Any]] = {}
         self._attached: sockets.socket | None = None
         self._tick: asyncio.TimerHandle | None = None
+        self._packet_limit: int | None = None
         self._mqtt: Any = importlib.import_module("paho.mqtt.client")
         self._client = self._make_client()
 
     async def open(self, timeout: float) -> None:
         """Connect and wait for CONNACK. Raises ConnectFailed; cleans up when cancelled."""
+        opening = self._loop.create_task(self._open())
         try:
-            await asyncio.wait_for(self._open(), timeout)
-        except asyncio.TimeoutError:
-            self.drop("no answer in time")
-            where = f"{self._login.host}:{self._login.port}"
-            raise ConnectFailed(f"{where} did not answer within {timeout:g} s") from None
+            # Not wait_for: before Python 3.12 it loses a cancellation that meets the result.
+            await asyncio.wait({opening}, timeout=timeout)
+            if not opening.done():
+                where = f"{self._login.host}:{self._login.port}"
+                raise ConnectFailed(f"{where} did not answer within {timeout:g} s")
+            opening.result()
         except BaseException:
+            opening.cancel()
+            await asyncio.wait({opening})
             self.drop("gave up connecting")
             raise
 
@@ -126,9 +135,15 @@ class PahoConnection:
         Raises TransportUnavailable, also when an MQTT 5 broker says no (paho 1.6.1 hides that).
         """
         self._check()
-        info = self._client.publish(
-            topic, payload, 1, retain, self._properties(correlation_data, user_properties)
-        )
+        properties = self._properties(correlation_data, user_properties)
+        size = len(payload) + len(topic.encode()) + 9  # fixed header, lengths, packet identifier
+        size += len(properties.pack()) if properties is not None else 1
+        if self._packet_limit is not None and size > self._packet_limit:
+            # The broker would answer by cutting the connection, every time.
+            raise TransportUnavailable(
+                f"a message of {size} bytes to {topic}; the broker takes {self._packet_limit}"
+            )
+        info = self._client.publish(topic, payload, 1, retain, properties)
         code = _number(await self._acknowledged(info.mid, timeout, f"PUBLISH to {topic}"))
         if code >= 0x80:
             raise TransportUnavailable(
@@ -305,7 +320,15 @@ class PahoConnection:
             return
         number = _number(code)
         if number == 0:
-            self._connected.set_result(None)
+            properties = more[0] if more else None
+            self._packet_limit = getattr(properties, "MaximumPacketSize", None)
+            keepalive = getattr(properties, "ServerKeepAlive", self._login.keepalive)
+            if keepalive < self._login.keepalive:
+                # paho 1.6.1 does not heed it and would be cut off whenever it is idle.
+                text = f"the broker demands a keep alive of {keepalive} s"
+                self._connected.set_exception(ConnectFailed(text, keepalive=keepalive))
+            else:
+                self._connected.set_result(None)
             return
         text = str(code) if hasattr(code, "value") else f"return code {number}"
         refused = number == _UNSUPPORTED_VERSION or (self._login.version == V311 and number == 1)
@@ -341,13 +364,16 @@ class PahoConnection:
         # The packet leaves with the next turn of the loop, so its answer cannot be here yet.
         waiting = self._acknowledgements[mid] = self._loop.create_future()
         try:
-            return await asyncio.wait_for(waiting, timeout)
-        except asyncio.TimeoutError:
+            await asyncio.wait({waiting}, timeout=timeout)
+            if waiting.done():
+                return waiting.result()
             reason = f"{what} was not acknowledged within {timeout:g} s"
             self.drop(reason)
-            raise TransportUnavailable(reason) from None
+            raise TransportUnavailable(reason)
         finally:
             self._acknowledgements.pop(mid, None)
+            if waiting.done() and not waiting.cancelled():
+                waiting.exception()  # taken notice of, also when we were cancelled
 
     def _settle(self, mid: int, result: Any) -> None:
         waiting = self._acknowledgements.get(mid)

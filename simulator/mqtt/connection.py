@@ -18,12 +18,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
+from .answers import connack_properties, refusal, without_explanations
 from .codec import Decoder, MalformedPacket, encode
 from .handler import Accepted, Handler, Limits, Refused
 from .packets import (
-    NO_PROPERTIES,
     V5,
     V311,
     ConnAck,
@@ -52,17 +52,6 @@ __all__ = ["Accepted", "Connection", "Handler", "Limits", "Refused"]
 _UNHANDLED_BYTES = 256 * 1024
 _CHUNK = 64 * 1024
 _CLOSE_SECONDS = 2.0
-_V311_RETURN_CODES: Final[dict[int, int]] = {
-    ReasonCode.SUCCESS: 0,
-    ReasonCode.UNSUPPORTED_PROTOCOL_VERSION: 1,
-    ReasonCode.CLIENT_IDENTIFIER_NOT_VALID: 2,
-    ReasonCode.SERVER_UNAVAILABLE: 3,
-    ReasonCode.SERVER_BUSY: 3,
-    ReasonCode.BAD_USER_NAME_OR_PASSWORD: 4,
-    ReasonCode.NOT_AUTHORIZED: 5,
-    ReasonCode.BANNED: 5,
-    ReasonCode.BAD_AUTHENTICATION_METHOD: 5,
-}
 
 
 class _Refusal(Exception):
@@ -327,7 +316,7 @@ class Connection(asyncio.Protocol):
         self._keepalive = 1.5 * (packet.keepalive if keepalive is None else keepalive)
         self._arm_timer()
         if packet.version == V5:
-            properties = _connack_properties(self._limits, properties)
+            properties = connack_properties(self._limits, properties)
         self._send(ConnAck(decision.session_present, 0, properties))
         self.session = decision.session
         self.session.resume()
@@ -372,6 +361,9 @@ class Connection(asyncio.Protocol):
 
     async def _on_publish(self, publish: Publish, session: Session) -> None:
         self._check_qos_and_retain(publish.qos, publish.retain)
+        if publish.properties.subscription_identifiers:
+            # [MQTT-3.3.4-6]
+            raise _Refusal(ReasonCode.PROTOCOL_ERROR, "a client sent a subscription identifier")
         if publish.properties.topic_alias is not None:
             publish = self._resolve_alias(publish, publish.properties.topic_alias)
         identifier = publish.packet_id
@@ -415,14 +407,9 @@ class Connection(asyncio.Protocol):
         if self.session is not None:
             self.close(reason_code, reason)
             return
-        if reason_code == ReasonCode.UNSUPPORTED_PROTOCOL_VERSION:
-            # The one answer every version's client understands.
-            self._write(encode(ConnAck(False, 1), V311))
-        elif self.version == V5:
-            text = Properties(reason_string=reason) if reason else NO_PROPERTIES
-            self._send(ConnAck(False, reason_code, text))
-        elif (code := _V311_RETURN_CODES.get(reason_code)) is not None:
-            self._send(ConnAck(False, code))
+        answer = refusal(reason_code, reason, self.version)
+        if answer is not None:
+            self._write(encode(*answer))
         self._finish(reason)
 
     def _finish(self, reason: str) -> None:
@@ -450,7 +437,7 @@ class Connection(asyncio.Protocol):
                 if packet.qos and self.session is not None:
                     self.session.give_up(packet.packet_id)
                 return 0
-            shorter = _without_explanations(packet)
+            shorter = without_explanations(packet)
             return 0 if shorter == packet else self._send(shorter)
         self._write(data)
         return len(data)
@@ -490,24 +477,3 @@ class Connection(asyncio.Protocol):
             self._arm_timer()
             return
         self.close(ReasonCode.KEEP_ALIVE_TIMEOUT, "nothing heard for 1.5 keep alive intervals")
-
-
-def _without_explanations(packet: Any) -> Packet:
-    """What a packet may lose when the client takes only small ones [MQTT-3.2.2-19]."""
-    if isinstance(packet, PingResp):
-        return packet
-    properties = replace(packet.properties, reason_string=None, user_properties=())
-    shorter: Packet = replace(packet, properties=properties)
-    return shorter
-
-
-def _connack_properties(limits: Limits, wanted: Properties) -> Properties:
-    """The handler's properties with the limits that differ from what a client assumes."""
-    return replace(
-        wanted,
-        receive_maximum=limits.receive_maximum,
-        maximum_packet_size=limits.max_packet_size,
-        topic_alias_maximum=limits.topic_alias_maximum or None,
-        maximum_qos=limits.maximum_qos if limits.maximum_qos < 2 else None,
-        retain_available=None if limits.retain_available else 0,
-    )

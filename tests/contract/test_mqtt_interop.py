@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import json
@@ -287,6 +288,10 @@ async def agent(
         await asyncio.gather(running, return_exceptions=True)
 
 
+def is_up(transport: MqttTransport) -> bool:
+    return transport._ready is not None and not transport._ready.lost.done()
+
+
 async def connected(sink: Sink, times: int = 1) -> None:
     await until(lambda: len(sink.ups()) >= times, f"connected {times} times; {sink.links}")
 
@@ -451,7 +456,7 @@ async def test_no_report_is_lost_over_an_outage(version: int) -> None:
                         break
                     except TransportUnavailable:
                         refused += 1
-                        await until(lambda: transport._ready is not None, "reconnected")
+                        await until(lambda: is_up(transport), "reconnected")
             return refused
 
         reporting = asyncio.create_task(keep_reporting())
@@ -461,7 +466,7 @@ async def test_no_report_is_lost_over_an_outage(version: int) -> None:
             await until(lambda: broker.retained[topic] != seen, "reports flow")  # noqa: B023
             await broker.pause()
             broker.drop_connections()
-            await until(lambda: transport._ready is None, "noticed")
+            await until(lambda: not is_up(transport), "noticed")
             broker.publish(f"{P}/desired", b'{"$version": %d}' % times, 1, retain=True)
             await broker.resume()
             await connected(sink, times)
@@ -497,6 +502,34 @@ async def test_falls_back_to_311() -> None:
         assert transport._version == mqtt.MQTTv311
         assert sink.links == [("up", {})]
         await transport.report({"a": 1})
+
+
+async def test_a_shorter_keep_alive_of_the_broker_is_heeded() -> None:
+    class Strict(Broker):
+        async def on_connect(self, connection: Any, connect: Any) -> Any:
+            decision = await super().on_connect(connection, connect)
+            properties = dataclasses.replace(decision.properties, server_keep_alive=1)
+            return dataclasses.replace(decision, properties=properties)
+
+    broker = Strict()
+    await broker.start()
+    async with agent(broker.port) as (transport, sink):
+        await connected(sink)
+        started = asyncio.get_running_loop().time()
+        await until(lambda: asyncio.get_running_loop().time() > started + 2, "idle for a while")
+        assert sink.links == [("up", {})]
+        await transport.report({"a": 1})
+    await broker.stop()
+
+
+async def test_what_the_broker_cannot_take_does_not_cost_the_connection() -> None:
+    limits = Limits(max_packet_size=10_000)
+    async with ours(limits=limits) as broker, agent(broker.port) as (transport, sink):
+        await connected(sink)
+        with pytest.raises(TransportUnavailable, match="the broker takes 10000"):
+            await transport.send(bytes(10_000), {})
+        await transport.send(bytes(9_900), {})
+        assert sink.links == [("up", {})]
 
 
 async def test_a_missing_acknowledgement_ends_the_connection() -> None:
@@ -572,6 +605,25 @@ async def test_nothing_is_left_behind() -> None:
     await until(lambda: set(threading.enumerate()) <= threads, "threads end")
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     assert tasks == set()
+
+
+@pytest.mark.parametrize("listening", [True, False])
+async def test_a_cancellation_at_any_moment_ends_it(listening: bool) -> None:
+    """asyncio.wait_for before Python 3.12 loses one that meets the result it waits for."""
+    async with ours() as broker:
+        if not listening:
+            await broker.pause()
+        loop = asyncio.get_running_loop()
+        for microseconds in range(0, 12_000, 60):
+            settings = MqttSettings("127.0.0.1", broker.port, "edge-1")
+            transport = MqttTransport(settings, base_delay=0)
+            running = asyncio.create_task(transport.run(Sink()))
+            now = loop.time()
+            while loop.time() < now + microseconds / 1e6:
+                await asyncio.sleep(0)
+            running.cancel()
+            await asyncio.wait({running}, timeout=5)
+            assert running.cancelled(), f"after {microseconds} us"
 
 
 def certificates(folder: Path) -> dict[str, Path]:

@@ -107,7 +107,7 @@ async def site(**arguments) -> AsyncIterator[Site]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async def poll() -> None:
-        while not condition():  # noqa: ASYNC110 - a state of the server, with a deadline
+        while not condition():
             await asyncio.sleep(0.002)
 
     await asyncio.wait_for(poll(), 5)
@@ -494,6 +494,14 @@ async def test_unsubscribed_means_silent() -> None:
         assert [await peer.receive(), await peer.receive()] == [SubAck(1, (0,)), UnsubAck(2)]
         s.broker.publish("t", b"x")
         await peer.quiet()
+
+
+async def test_a_client_must_not_send_subscription_identifiers() -> None:
+    """[MQTT-3.3.4-6]"""
+    async with site() as s:
+        peer = await s.connect()
+        await peer.send(Publish("t", properties=Properties(subscription_identifiers=(1,))))
+        assert (await peer.receive()).reason_code == ReasonCode.PROTOCOL_ERROR
 
 
 async def test_session_of_zero_cannot_be_prolonged_at_the_end() -> None:
