@@ -19,70 +19,22 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from ..errors import DigestMismatch, ImageError, ImageNotFound, StorageFailed, StorageFull
 from ..model_json import Model, load_model
+from .image import ImageContents, ImageRecord, Layer, StoredImage
 from .ingest import Ingest
-from .manifest import Descriptor, digest_of
+from .manifest import digest_of
 from .unpack import MODEL_FOLDER, StoredFile, UnpackLimits, sync_folder, unpack_layer
+
+__all__ = ["ContentStore", "ImageContents", "Layer", "StoredImage"]
 
 _CHUNK = 1024 * 1024
 _SPARE = 16 * 1024 * 1024
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer to unpack: its blob, and the digest of its uncompressed tar."""
-
-    blob: Descriptor
-    diff_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImageContents:
-    """What `ContentStore.commit` makes an image of. All blobs must be in the store.
-
-    `digest` is what the image is looked up by; `blobs` are the documents that describe it (index,
-    manifest, config), kept for verifying it later.
-    """
-
-    digest: str
-    reference: str
-    blobs: tuple[str, ...]
-    layers: tuple[Layer, ...]
-
-
-class _Record(msgspec.Struct, frozen=True):
-    digest: str
-    reference: str
-    folder: str
-    blobs: tuple[str, ...]
-    layers: tuple[str, ...]
-    files: tuple[StoredFile, ...]
-    model: Model
-    version: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class StoredImage:
-    """A whole, unpacked model image. `model_dir` holds model.json; `model` is what it says.
-
-    `reference` is the name it was pulled by, `blobs` and `layers` the digests it consists of (only
-    the layers this device chose); `size` is in bytes, without the blobs.
-    """
-
-    digest: str
-    reference: str
-    model_dir: Path
-    model: Model
-    blobs: tuple[str, ...]
-    layers: tuple[str, ...]
-    size: int
 
 
 def _no_fault(point: str) -> None:
@@ -112,7 +64,7 @@ class ContentStore:
         self._lock = threading.RLock()
         self._busy: dict[str, threading.Lock] = {}
         self._leases: Counter[str] = Counter()
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, ImageRecord] = {}
         with self._storage():
             for folder in (self._blobs, self._ingest, self._images):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +187,7 @@ class ContentStore:
             self._fault("commit.rename")
             work.rename(self._images / name)
             sync_folder(self._images)
-            record = _Record(
+            record = ImageRecord(
                 contents.digest,
                 contents.reference,
                 name,
@@ -347,7 +299,7 @@ class ContentStore:
         self._fault("unpack.done")
         return tuple(files[path] for path in sorted(files))
 
-    def _write_record(self, record: _Record) -> None:
+    def _write_record(self, record: ImageRecord) -> None:
         path = self._record_path(record.digest)
         temporary = path.with_suffix(".json.new")
         self._fault("record.write")
@@ -362,7 +314,7 @@ class ContentStore:
     def _recover(self) -> None:
         for path in self._images.glob("*.json"):
             try:
-                record = msgspec.json.decode(path.read_bytes(), type=_Record)
+                record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
             except (msgspec.MsgspecError, RecursionError) as error:
                 # Its blobs are still there: pulling again downloads nothing.
                 _log.warning("%s is damaged and dropped, pull the image again: %s", path, error)
@@ -381,7 +333,7 @@ class ContentStore:
                 else:
                     path.unlink()
 
-    def _free_name(self, digest: str, old: _Record | None) -> str:
+    def _free_name(self, digest: str, old: ImageRecord | None) -> str:
         name = digest.partition(":")[2]
         if old is not None:
             name = f"{name}.{int(old.folder.partition('.')[2] or 1) + 1}"
@@ -389,7 +341,7 @@ class ContentStore:
         shutil.rmtree(self._images / name, ignore_errors=True)
         return name
 
-    def _stored(self, record: _Record) -> StoredImage:
+    def _stored(self, record: ImageRecord) -> StoredImage:
         return StoredImage(
             record.digest,
             record.reference,
