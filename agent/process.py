@@ -159,7 +159,9 @@ class Agent:
         return build_reported(
             version=AgentVersion(version("gatelet")),
             platform=Platform(platform.system().lower(), platform.machine(), platform.release()),
-            desired=DesiredStatus(*desired_status(source, seen.get(source), latest, last_good)),
+            desired=DesiredStatus(
+                *desired_status(source, seen.get(source), latest, last_good, snapshot.failures)
+            ),
             modules=[
                 _module_state(condition, specs[condition.module])
                 for condition in conditions(snapshot, self._starts)
