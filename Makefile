@@ -8,15 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := accelerators agent modules protos simulator
 FARM := build/typing/gatelet
+ENVIRONMENT = $(or $(PYTHON),python3) tools/environment.py
 export ORT_DISABLE_TELEMETRY := 1
+# To use a certain interpreter: make PYTHON=python3.12 demo
+export PYTHON
 
-# pynq, and so the FPGA steps, need Python 3.12 at most: an older interpreter goes first.
-PYTHON ?= $(shell for name in python3.12 python3.11 python3.10 python3 python3.13; do \
-	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(not (3,10) <= sys.version_info[:2] <= (3,13))' 2>/dev/null \
-	&& echo $$name && break; done)
-
-# One line that counts packages instead of pages of output; errors come through whole.
-COUNT := awk '/^Collecting|^  Downloading|^Installing/ { n += /^Collecting/; printf "\r\033[K  %d packages, %.60s", n, $$0; fflush() } END { print "" }'
+# The interpreter that .venv was made of is gone: make it anew.
+$(shell [ -x $(BIN)/python ] || rm -f $(VENV)/*.stamp)
 
 .PHONY: help demo test lint format typecheck unit bench dist clean
 
@@ -50,6 +48,7 @@ bench: $(VENV)/dev.stamp
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 dist: $(VENV)/dev.stamp
+	@rm -rf build/lib build/bdist.*
 	$(BIN)/python -m build --no-isolation
 
 # The package's folders lie at the top of the tree; the type checker sees them under one name.
@@ -58,23 +57,14 @@ farm:
 	@mkdir -p $(FARM)
 	@$(foreach folder,$(FOLDERS),ln -sfn ../../../$(folder) $(FARM)/$(folder);)
 
-$(VENV)/python.stamp:
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 to 3.13 found; apt-get install python3 python3-venv" >&2; exit 1; }
-	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) cannot create environments; apt-get install $$(basename $(PYTHON))-venv (or python3-venv)" >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-	@$(BIN)/python -c 'import sys; sys.version_info < (3, 13) or print("Note: pynq has no release for this Python; the FPGA steps need 3.12 or older")'
+# Made anew when pyproject.toml changes; what the tests need includes what the demo needs.
+$(VENV)/demo.stamp: pyproject.toml
+	@[ $(VENV)/dev.stamp -nt pyproject.toml ] || $(ENVIRONMENT) demo
 	@touch $@
 
-$(VENV)/demo.stamp: pyproject.toml | $(VENV)/python.stamp
-	@echo "Installing gatelet with what the demo needs (about a minute)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo]' | $(COUNT)
+$(VENV)/dev.stamp: pyproject.toml
+	@$(ENVIRONMENT) dev
 	@touch $@
-
-$(VENV)/dev.stamp: pyproject.toml | $(VENV)/python.stamp
-	@echo "Installing gatelet with what its tests need (about two minutes)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' | $(COUNT)
-	@touch $@ $(VENV)/demo.stamp
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
