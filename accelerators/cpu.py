@@ -83,7 +83,10 @@ class CpuBackend:
                 str(path), sess_options=settings, providers=["CPUExecutionProvider"]
             )
         except _onnxruntime_errors() as error:
-            raise LoadError(f"{path}: onnxruntime cannot load it: {_reason(error)}") from error
+            why = _reason(error).replace(str(path), path.name)
+            if "protobuf parsing failed" in why.lower():
+                why = "it is damaged or cut short; export the model and package it again"
+            raise LoadError(f"onnxruntime cannot load {path.name}: {why}") from error
         return CpuSession(path, session)
 
 

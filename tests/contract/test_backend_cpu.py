@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,10 +133,10 @@ def test_a_missing_or_broken_file(case: Case, tmp_path: Path) -> None:
     variant = case.write(tmp_path)
     path = tmp_path / variant.path
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(LoadError, match=str(path)):
+    with pytest.raises(LoadError, match=re.escape(path.name)):
         case.backend().load(tmp_path, variant, LoadOptions())
     path.unlink()
-    with pytest.raises(LoadError, match=str(path)):
+    with pytest.raises(LoadError, match=re.escape(path.name)):
         case.backend().load(tmp_path, variant, LoadOptions())
 
 
