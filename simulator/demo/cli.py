@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .run import Row
 
 
+TABLE_WIDTH = 132
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "demo",
@@ -58,7 +61,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"seconds": took, "failures": failures, "rows": [asdict(row) for row in rows]})
     else:
-        Console().print(_table(rows, took))
+        # A pipe or a file has no width; a table squeezed into 80 columns would say nothing.
+        terminal = Console()
+        width = None if terminal.is_terminal else TABLE_WIDTH
+        Console(width=width).print(_table(rows, took))
     if failures:
         print(f"gatelet: {failures} requests failed", file=sys.stderr)
     return 1 if failures else 0
@@ -69,7 +75,7 @@ def _table(rows: list[Row], took: float) -> Table:
 
     table = Table(title=f"gatelet demo, {took:.1f} s", title_justify="left")
     table.add_column("step", no_wrap=True)
-    table.add_column("what happened", overflow="fold", ratio=1)
+    table.add_column("what happened", overflow="fold", ratio=1, min_width=30)
     for name in ("seconds", "accuracy", "requests", "failures", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

@@ -24,7 +24,7 @@ from .device import DEPLOY_SECONDS, DemoError, Device, running_device
 
 ENDPOINT = "digits"
 STREAM_ROUNDS = 3
-"""How often the held-out images are sent while the fabric process is killed."""
+"""How often the held-out images are sent around the kill of the fabric process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +207,10 @@ def _fabric_killed(device: Device, client: Client, announce: Announce) -> list[R
     before = _backend_counts(device)
     pid = device.status()["processes"]["fabric"]["pid"]
     started = time.perf_counter()
-    traffic = Traffic()
-    for number in range(STREAM_ROUNDS * len(client)):
-        if number == len(client):
-            os.kill(pid, signal.SIGKILL)
-        client.send(number % len(client), traffic)
+    with client.in_background() as traffic:
+        _until_sent(len(client), traffic)
+        os.kill(pid, signal.SIGKILL)
+        _until_sent(STREAM_ROUNDS * len(client), traffic)
     took = time.perf_counter() - started
     after = _backend_counts(device)
     fpga, cpu = (after.get(name, 0) - before.get(name, 0) for name in ("fpga", "cpu"))
@@ -290,6 +289,14 @@ def _until_good(device: Device, source: str) -> None:
             and status["deployment"]["phase"] == "good"
         ),
     )
+
+
+def _until_sent(count: int, traffic: Traffic) -> None:
+    deadline = time.monotonic() + DEPLOY_SECONDS
+    while len(traffic.seconds) + len(traffic.errors) < count:
+        if time.monotonic() > deadline:
+            raise DemoError(f"the client sent only {len(traffic.seconds)} requests in time")
+        time.sleep(0.001)
 
 
 def _until_answered_by(version: str, traffic: Traffic) -> None:
