@@ -8,10 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := accelerators agent modules protos simulator
 FARM := build/typing/gatelet
-ENVIRONMENT = $(or $(PYTHON),python3) tools/environment.py
+ANY_PYTHON = $(or $(PYTHON),python3)
 export ORT_DISABLE_TELEMETRY := 1
 # To use a certain interpreter: make PYTHON=python3.12 demo
 export PYTHON
+
+NEED_PYTHON = command -v $(ANY_PYTHON) >/dev/null || { \
+	echo "gatelet needs Python 3.10 to 3.13 ($(ANY_PYTHON) is missing): apt-get install python3 python3-venv" >&2; exit 1; }
 
 # The interpreter that .venv was made of is gone: make it anew.
 $(shell [ -x $(BIN)/python ] || rm -f $(VENV)/*.stamp)
@@ -59,11 +62,11 @@ farm:
 
 # Made anew when pyproject.toml changes; what the tests need includes what the demo needs.
 $(VENV)/demo.stamp: pyproject.toml
-	@[ $(VENV)/dev.stamp -nt pyproject.toml ] || $(ENVIRONMENT) demo
+	@[ $(VENV)/dev.stamp -nt pyproject.toml ] || { $(NEED_PYTHON); $(ANY_PYTHON) tools/environment.py demo; }
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml
-	@$(ENVIRONMENT) dev
+	@$(NEED_PYTHON); $(ANY_PYTHON) tools/environment.py dev
 	@touch $@
 
 clean:
