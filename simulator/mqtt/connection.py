@@ -16,12 +16,13 @@ is not read further than a small buffer. `publish` may be called at any time fro
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
+from .aliases import InboundAliases, OutboundAliases, UnknownAlias
 from .answers import connack_properties, refusal, without_explanations
-from .codec import Decoder, MalformedPacket, encode
+from .channel import Channel
+from .codec import MalformedPacket, encode
 from .handler import Accepted, Handler, Limits, Refused
 from .packets import (
     V5,
@@ -49,9 +50,8 @@ from .topics import topic_problem
 
 __all__ = ["Accepted", "Connection", "Handler", "Limits", "Refused"]
 
-_UNHANDLED_BYTES = 256 * 1024
 _CHUNK = 64 * 1024
-_CLOSE_SECONDS = 2.0
+_MOST_OUTBOUND_ALIASES = 256
 
 
 class _Refusal(Exception):
@@ -60,7 +60,7 @@ class _Refusal(Exception):
         self.reason_code = reason_code
 
 
-class Connection(asyncio.Protocol):
+class Connection(Channel):
     """One client. Attributes are valid from `Handler.on_connect` on.
 
     `connect`: the client's CONNECT; `version`: V311 or V5; `session`: what `Accepted` named
@@ -72,62 +72,29 @@ class Connection(asyncio.Protocol):
         handler: Handler,
         limits: Limits | None = None,
         open_connections: set[Connection] | None = None,
+        before_write: Callable[[], None] | None = None,
     ) -> None:
-        """`open_connections`: a set this connection is in while its socket is open."""
+        """`open_connections`: a set this connection is in while its socket is open.
+
+        `before_write`: called before bytes leave, to make durable what they promise.
+        """
+        super().__init__(limits or Limits(), before_write)
         self.connect: Connect = Connect("")
         self.session: Session | None = None
         self.tag: Any = None
         self._handler = handler
-        self._limits = limits or Limits()
-        self._decoder = Decoder(self._limits.max_packet_size)
-        self._loop = asyncio.get_running_loop()
-        self._inbox: deque[Packet | MalformedPacket | None] = deque()
-        self._arrived = asyncio.Event()
-        self._writable = asyncio.Event()
-        self._writable.set()
         self._closed = asyncio.Event()
         self._open_connections = open_connections
-        self._out: list[bytes] = []
-        self._write_scheduled = False
         self._corked = False
-        self._reading_paused = False
-        self._unhandled = 0
-        self._lost = False
-        self._end_reason: str | None = None
         self._disconnect: Disconnect | None = None
-        self._aliases: dict[int, str] = {}
-        self._keepalive = 0.0
-        self._last_received = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._inbound = InboundAliases(self._limits.topic_alias_maximum)
+        self._outbound: OutboundAliases | None = None
 
     # What servers use
 
     @property
-    def version(self) -> int:
-        return self._decoder.version
-
-    @property
     def client_id(self) -> str:
         return self.session.client_id if self.session else self.connect.client_id
-
-    @property
-    def peername(self) -> Any:
-        return self._transport.get_extra_info("peername")
-
-    @property
-    def peer_certificate(self) -> dict[str, Any] | None:
-        """The client's certificate as `ssl.SSLSocket.getpeercert()` gives it, None without."""
-        certificate: dict[str, Any] | None = self._transport.get_extra_info("peercert")
-        return certificate or None
-
-    @property
-    def peer_certificate_der(self) -> bytes | None:
-        ssl_object = self._transport.get_extra_info("ssl_object")
-        return ssl_object.getpeercert(binary_form=True) if ssl_object is not None else None
-
-    @property
-    def is_open(self) -> bool:
-        return self._end_reason is None and not self._lost
 
     def publish(self, publish: Publish, done: Done | None = None) -> bool:
         """Send a message (packet_id is ours to choose) through the session's queue and window.
@@ -182,61 +149,16 @@ class Connection(asyncio.Protocol):
             self._send(Disconnect(reason_code, Properties(reason_string=reason)))
         self._finish(reason)
 
-    def abort(self, reason: str = "dropped by the server") -> None:
-        """Cut the connection without a word, as a broken network does."""
-        self._end_reason = self._end_reason or reason
-        self._out.clear()
-        self._transport.abort()
-
     async def wait_closed(self) -> None:
         """Until the socket is closed and `on_disconnect` has returned."""
         await self._closed.wait()
 
-    # What the transport calls
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert hasattr(transport, "write")
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        super().connection_made(transport)
         if self._open_connections is not None:
             self._open_connections.add(self)
-        self._last_received = self._loop.time()
-        self._keepalive = self._limits.connect_timeout
-        self._arm_timer()
         self._task = self._loop.create_task(self._serve())
         self._task.add_done_callback(self._served)
-
-    def data_received(self, data: bytes) -> None:
-        if self._end_reason is not None:
-            return
-        self._last_received = self._loop.time()
-        try:
-            self._inbox.extend(self._decoder.feed(data))
-        except MalformedPacket as error:
-            self._inbox.extend(error.packets)
-            self._inbox.append(error)
-        self._unhandled = self._unhandled + len(data) if self._inbox else 0
-        if self._unhandled > _UNHANDLED_BYTES and not self._reading_paused:
-            self._reading_paused = True
-            self._transport.pause_reading()
-        self._arrived.set()
-
-    def eof_received(self) -> None:
-        return None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._inbox.append(None)
-        self._arrived.set()
-        self._writable.set()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-        self.flush()
 
     # Inside
 
@@ -253,9 +175,7 @@ class Connection(asyncio.Protocol):
             self._refuse(refusal.reason_code, str(refusal))
         finally:
             self._finish("connection lost")
-            while not self._lost:
-                self._arrived.clear()
-                await self._arrived.wait()
+            await self._until_lost()
             if self.session is not None:
                 self.session.suspend()
                 reason = self._end_reason or "connection lost"
@@ -274,25 +194,6 @@ class Connection(asyncio.Protocol):
                     "protocol": self,
                 }
             )
-
-    async def _next(self) -> Packet | MalformedPacket | None:
-        """The next packet; None when the connection is over."""
-        while True:
-            if self._end_reason is not None:
-                return None
-            # A client that does not read its answers is not read either.
-            if not self._writable.is_set():
-                await self._writable.wait()
-                continue
-            if self._inbox:
-                packet = self._inbox.popleft()
-                if self._reading_paused and not self._inbox and not self._lost:
-                    self._reading_paused = False
-                    self._unhandled = 0
-                    self._transport.resume_reading()
-                return packet
-            self._arrived.clear()
-            await self._arrived.wait()
 
     async def _on_connect(self, packet: Packet) -> None:
         if not isinstance(packet, Connect):
@@ -317,9 +218,13 @@ class Connection(asyncio.Protocol):
         self._arm_timer()
         if packet.version == V5:
             properties = connack_properties(self._limits, properties)
-        self._send(ConnAck(decision.session_present, 0, properties))
+            aliases = min(packet.properties.topic_alias_maximum or 0, _MOST_OUTBOUND_ALIASES)
+            self._outbound = OutboundAliases(aliases) if aliases else None
         self.session = decision.session
         self.session.resume()
+        if not self._send(ConnAck(decision.session_present, 0, properties)):
+            self._finish("the client takes no packet as large as our CONNACK")
+            return
         self.flush()
 
     async def _on_packet(self, packet: Packet, session: Session) -> None:
@@ -364,8 +269,10 @@ class Connection(asyncio.Protocol):
         if publish.properties.subscription_identifiers:
             # [MQTT-3.3.4-6]
             raise _Refusal(ReasonCode.PROTOCOL_ERROR, "a client sent a subscription identifier")
-        if publish.properties.topic_alias is not None:
-            publish = self._resolve_alias(publish, publish.properties.topic_alias)
+        try:
+            publish = self._inbound.resolve(publish)
+        except UnknownAlias as error:
+            raise _Refusal(error.reason_code, str(error)) from None
         identifier = publish.packet_id
         if publish.qos == 2:
             if identifier in session.received:
@@ -390,18 +297,6 @@ class Connection(asyncio.Protocol):
         if retain and not self._limits.retain_available:
             raise _Refusal(ReasonCode.RETAIN_NOT_SUPPORTED, "retained messages are not served")
 
-    def _resolve_alias(self, publish: Publish, alias: int) -> Publish:
-        if alias > self._limits.topic_alias_maximum:
-            raise _Refusal(
-                ReasonCode.TOPIC_ALIAS_INVALID, f"alias {alias} is above the topic alias maximum"
-            )
-        if publish.topic:
-            self._aliases[alias] = publish.topic
-        elif alias not in self._aliases:
-            raise _Refusal(ReasonCode.TOPIC_ALIAS_INVALID, f"alias {alias} was never set")
-        properties = replace(publish.properties, topic_alias=None)
-        return replace(publish, topic=self._aliases[alias], properties=properties)
-
     def _refuse(self, reason_code: int, reason: str) -> None:
         """Answer a broken rule as the version and the state of the connection allow."""
         if self.session is not None:
@@ -409,71 +304,42 @@ class Connection(asyncio.Protocol):
             return
         answer = refusal(reason_code, reason, self.version)
         if answer is not None:
-            self._write(encode(*answer))
+            self._send(*answer)
         self._finish(reason)
 
-    def _finish(self, reason: str) -> None:
-        """Flush and close; nothing the client still sends is looked at."""
-        if self._end_reason is None:
-            self._end_reason = reason
-        self._inbox.clear()
-        self._arrived.set()
-        if self._lost:
-            return
-        self._write_out()
-        if not self._transport.is_closing():
-            self._transport.close()
-            # A client that does not read would keep a closing socket open for ever.
-            self._cancel_timer()
-            self._timer = self._loop.call_later(_CLOSE_SECONDS, self._transport.abort)
-
-    def _send(self, packet: Packet) -> int:
+    def _send(self, packet: Packet, version: int | None = None) -> int:
         """Queue a packet for writing; its size in bytes, 0 when the client cannot take it."""
-        data = encode(packet, self.version)
+        version = self.version if version is None else version
         most = self.connect.properties.maximum_packet_size
+        if isinstance(packet, Publish):
+            return self._send_publish(packet, most)
+        data = encode(packet, version)
         if most is not None and len(data) > most:
-            # [MQTT-3.1.2-25]: such a message counts as delivered.
-            if isinstance(packet, Publish):
-                if packet.qos and self.session is not None:
-                    self.session.give_up(packet.packet_id)
-                return 0
             shorter = without_explanations(packet)
-            return 0 if shorter == packet else self._send(shorter)
+            return 0 if shorter == packet else self._send(shorter, version)
         self._write(data)
         return len(data)
 
-    def _write(self, data: bytes) -> None:
-        self._out.append(data)
-        # One system call for all answers of one turn of the event loop.
-        if not self._write_scheduled:
-            self._write_scheduled = True
-            self._loop.call_soon(self._write_out)
+    def _send_publish(self, publish: Publish, most: int | None) -> int:
+        data = None
+        if self._outbound is not None:
+            shortened = self._outbound.shorten(publish)
+            data = encode(shortened, self.version)
+            if most is not None and len(data) > most:
+                self._outbound.forget(shortened)
+                data = None
+        if data is None:
+            data = encode(publish, self.version)
+        if most is not None and len(data) > most:
+            # [MQTT-3.1.2-25]: such a message counts as delivered.
+            if publish.qos and self.session is not None:
+                self.session.give_up(publish.packet_id)
+            return 0
+        self._write(data)
+        return len(data)
 
-    def _write_out(self) -> None:
-        self._write_scheduled = False
-        if self._out and not self._lost and not self._transport.is_closing():
-            self._transport.write(b"".join(self._out))
-        self._out.clear()
-
-    def _arm_timer(self) -> None:
-        self._cancel_timer()
-        if self._keepalive:
-            due = self._last_received + self._keepalive
-            self._timer = self._loop.call_at(due, self._on_timer)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _on_timer(self) -> None:
+    def _silent(self) -> None:
         if self.session is None:
             self.close(ReasonCode.MAXIMUM_CONNECT_TIME, "no CONNECT in time")
-            return
-        if self._reading_paused:
-            # Our own slowness, not the client's silence.
-            self._last_received = self._loop.time()
-        if self._loop.time() - self._last_received < self._keepalive:
-            self._arm_timer()
-            return
-        self.close(ReasonCode.KEEP_ALIVE_TIMEOUT, "nothing heard for 1.5 keep alive intervals")
+        else:
+            self.close(ReasonCode.KEEP_ALIVE_TIMEOUT, "nothing heard for 1.5 keep alive intervals")
