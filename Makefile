@@ -61,11 +61,11 @@ farm:
 	@$(foreach folder,$(FOLDERS),ln -sfn ../../../$(folder) $(FARM)/$(folder);)
 
 # Made anew when pyproject.toml changes; what the tests need includes what the demo needs.
-$(VENV)/demo.stamp: pyproject.toml
-	@[ $(VENV)/dev.stamp -nt pyproject.toml ] || { $(NEED_PYTHON); $(ANY_PYTHON) tools/environment.py demo; }
+$(VENV)/demo.stamp: pyproject.toml tools/environment.py
+	@[ $(VENV)/dev.stamp -nt pyproject.toml -a $(VENV)/dev.stamp -nt tools/environment.py ] || { $(NEED_PYTHON); $(ANY_PYTHON) tools/environment.py demo; }
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml
+$(VENV)/dev.stamp: pyproject.toml tools/environment.py
 	@$(NEED_PYTHON); $(ANY_PYTHON) tools/environment.py dev
 	@touch $@
 

@@ -25,6 +25,10 @@ TAIL = 25
 # setuptools, and what it limits to also builds every source package here: no isolated builds.
 BUILD_TOOLS = ["pip>=24", "setuptools>=70,<=80", "wheel"]
 
+# tritonclient's stubs need a newer grpcio than the one that pynq 4.0.0 demands, yet pynq runs with it.
+# A resolver would fall back to a pynq of years ago, so these go past it.
+UNRESOLVED = {"dev": ["grpcio>=1.67.1,<1.68", "tritonclient>=2.52,<2.67", "python-rapidjson"]}
+
 
 class Refused(Exception):
     """The message says what is missing and how to get it."""
@@ -171,6 +175,8 @@ def main(extra: str) -> int:
         make_environment()
         print(f"Installing gatelet[{extra}] and what it needs (one to two minutes)", flush=True)
         run_pip("gatelet", ["--no-build-isolation", "--editable", f".[{extra}]"])
+        if extra in UNRESOLVED:
+            run_pip("beyond the resolver", ["--no-deps", *UNRESOLVED[extra]])
     except Refused as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
