@@ -25,8 +25,8 @@ TAIL = 25
 # setuptools, and what it limits to also builds every source package here: no isolated builds.
 BUILD_TOOLS = ["pip>=24", "setuptools>=70,<=80", "wheel"]
 
-# tritonclient's stubs need a newer grpcio than the one that pynq 4.0.0 demands, yet pynq runs with it.
-# A resolver would fall back to a pynq of years ago, so these go past it.
+# The stubs of tritonclient need a newer grpcio than the one that pynq 4.0.0 demands, yet pynq runs
+# with it; a resolver would fall back to an old pynq, so these go past it.
 UNRESOLVED = {"dev": ["grpcio>=1.67.1,<1.68", "tritonclient>=2.52,<2.67", "python-rapidjson"]}
 
 
