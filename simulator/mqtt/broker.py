@@ -1,23 +1,26 @@
-"""A plain MQTT broker (3.1.1 and 5.0) in one event loop, in memory; for tests and simulations.
+"""A plain MQTT broker (3.1.1 and 5.0) in one event loop; for tests and simulations.
 
-    broker = Broker(users={"edge-1": "secret"})
+    broker = Broker(users={"edge-1": "secret"}, grants=[Grant("devices/%u/#")])
     await broker.start()
     ... broker.port ...
     await broker.stop()
 
 QoS 0 to 2, retained messages, last wills (also delayed), sessions with expiry and bounded queues,
-wildcard and shared subscriptions. Everything is forgotten with the object.
+wildcard and shared subscriptions, TLS, users by password or client certificate, access lists,
+websockets. With a folder, sessions and messages survive the process; without, the object.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import secrets
 import ssl as ssl_module
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
+from ...agent.clock import Clock
+from .access import AccessList, Grant, identify
 from .connection import Accepted, Connection, Limits, Refused
 from .packets import (
     NO_PROPERTIES,
@@ -29,27 +32,29 @@ from .packets import (
     ReasonCode,
     Subscribe,
     Unsubscribe,
-    Will,
 )
+from .retained import RetainedMessages
 from .session import NEVER, Session
+from .store import Store
 from .subscriptions import Entry, SubscriptionTree
-from .topics import matches, split_shared
+from .topics import split_shared
+from .websocket import WebsocketListener
+from .wills import Wills
 
 _EXPIRES_NEVER = 0xFFFFFFFF
-
-
-@dataclass(frozen=True, slots=True)
-class _Retained:
-    publish: Publish
-    expires_at: float
 
 
 class Broker:
     """See the module. `port` 0 lets the system choose; it is kept over pause and resume.
 
-    `users`: passwords by user name, None lets everybody in. `ssl`: a server context; with
-    `verify_mode=CERT_REQUIRED` it also authenticates clients by certificate.
-    `queue_limit` messages wait for a client that is away; newer ones are dropped.
+    `users`: passwords by user name, None lets everybody in. `ssl`: a server context; a client
+    certificate that it verified names the user by its common name and stands for the password
+    (`verify_mode` CERT_REQUIRED: only such clients; CERT_OPTIONAL: also those with passwords).
+    `grants`: what each user may do, None means everything; a will needs its grant at CONNECT.
+    `folder`: where sessions, queued and retained messages are kept, None keeps them in memory.
+    `websockets`: serve `/mqtt` on a second port too. `queue_limit` messages wait for a client that
+    is away; newer ones are dropped. `response_prefix`: where a client that asks for response
+    information is told to have its responses sent, followed by its id.
     """
 
     def __init__(
@@ -60,6 +65,11 @@ class Broker:
         ssl: ssl_module.SSLContext | None = None,
         limits: Limits | None = None,
         queue_limit: int = 1000,
+        grants: Sequence[Grant] | None = None,
+        folder: Path | None = None,
+        websockets: bool = False,
+        response_prefix: str = "responses/",
+        clock: Clock | None = None,
     ) -> None:
         self.host = host
         self._port = port
@@ -67,20 +77,35 @@ class Broker:
         self._ssl = ssl
         self._limits = limits or Limits(topic_alias_maximum=16)
         self._queue_limit = queue_limit
+        self._access = None if grants is None else AccessList(grants)
+        self._folder = folder
+        self._response_prefix = response_prefix
+        self._clock = clock
+        self._store: Store | None = None
         self._server: asyncio.Server | None = None
+        self._websockets = (
+            WebsocketListener(self._new_connection, host, ssl=ssl) if websockets else None
+        )
         self._connections: set[Connection] = set()
         self._live: dict[str, Connection] = {}
         self._sessions: dict[str, Session] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}
-        self._wills: dict[str, tuple[asyncio.TimerHandle, Will]] = {}
+        self._wills = Wills(lambda publish: self._route(publish, None))
         self._tree = SubscriptionTree()
-        self._retained: dict[str, _Retained] = {}
+        self._retained = RetainedMessages()
         self._turn = 0
         self._stopping = False
 
     @property
     def port(self) -> int:
         return self._port
+
+    @property
+    def websocket_port(self) -> int:
+        """Raises RuntimeError when the broker was made without websockets."""
+        if self._websockets is None:
+            raise RuntimeError("this broker has no websockets")
+        return self._websockets.port
 
     @property
     def client_ids(self) -> frozenset[str]:
@@ -90,11 +115,17 @@ class Broker:
     @property
     def retained(self) -> dict[str, bytes]:
         """Payloads of the retained messages by topic."""
-        return {topic: kept.publish.payload for topic, kept in self._retained.items()}
+        return self._retained.payloads
 
     async def start(self) -> None:
-        """Raises OSError when the address cannot be had."""
+        """Raises OSError when the address cannot be had, StoreUnreadable for a bad folder."""
         self._stopping = False
+        if self._folder is not None and self._store is None:
+            loop = asyncio.get_running_loop()
+            self._store = store = Store(
+                self._folder, self._clock, lambda: loop.call_soon(store.commit)
+            )
+            self._restore(store)
         await self.resume()
 
     async def stop(self) -> None:
@@ -107,15 +138,24 @@ class Broker:
             connection.close(ReasonCode.SERVER_SHUTTING_DOWN)
         for connection in open_connections:
             await connection.wait_closed()
+        if self._websockets is not None:
+            await self._websockets.stop()
         if server is not None:
             await server.wait_closed()
-        for timer in [*self._expiries.values(), *(timer for timer, _ in self._wills.values())]:
+        for timer in self._expiries.values():
             timer.cancel()
         self._expiries.clear()
         self._wills.clear()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+            self._sessions.clear()
+            self._tree = SubscriptionTree()
 
     async def pause(self) -> None:
         """Stop listening; connections stay (`drop_connections` cuts them)."""
+        if self._websockets is not None:
+            await self._websockets.pause()
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -127,6 +167,8 @@ class Broker:
                 self._new_connection, self.host, self._port, ssl=self._ssl
             )
             self._port = self._server.sockets[0].getsockname()[1]
+        if self._websockets is not None:
+            await self._websockets.resume()
 
     def drop_connections(self) -> None:
         """Cut every connection as a failing network does; wills are sent."""
@@ -140,29 +182,54 @@ class Broker:
     # Handler
 
     async def on_connect(self, connection: Connection, connect: Connect) -> Accepted | Refused:
-        if (refusal := self._authenticate(connect)) is not None:
-            return refusal
+        user = identify(self._users, connection.peer_certificate, connect)
+        if isinstance(user, Refused):
+            return user
         client_id = connect.client_id or f"auto-{secrets.token_hex(8)}"
+        if connect.will and not self._may_publish(user, client_id, connect.will.topic):
+            return Refused(ReasonCode.NOT_AUTHORIZED, "the will's topic is not granted")
         while (older := self._live.get(client_id)) is not None:
+            if older.tag != user:
+                break
             older.close(ReasonCode.SESSION_TAKEN_OVER)
             await older.wait_closed()
         # No await from here on: two newcomers with one id must not both get past the loop.
+        session = self._sessions.get(client_id)
+        if session is not None and session.owner != user:
+            # Else a client id would be enough to read another user's messages.
+            return Refused(
+                ReasonCode.CLIENT_IDENTIFIER_NOT_VALID, "the client id belongs to another user"
+            )
         if (timer := self._expiries.pop(client_id, None)) is not None:
             timer.cancel()
-        session = self._sessions.get(client_id)
         if session is not None and connect.clean_start:
             self._end_session(session)
             session = None
-        self._cancel_will(client_id)
+        self._wills.cancel(client_id)
         present = session is not None
+        expiry = _expiry(connect)
         if session is None:
-            session = self._sessions[client_id] = Session(client_id, self._queue_limit)
-        session.expiry_interval = _expiry(connect)
+            journal = self._store if expiry else None
+            session = Session(client_id, self._queue_limit, journal=journal)
+            session.owner = user
+            self._sessions[client_id] = session
+        session.expiry_interval = expiry
+        if self._store is not None and (expiry or present):
+            self._store.save_session(client_id, user, expiry, here=True)
+        connection.tag = user
         self._live[client_id] = connection
-        assigned = None if connect.client_id else client_id
-        return Accepted(session, present, Properties(assigned_client_identifier=assigned))
+        properties = Properties(
+            assigned_client_identifier=None if connect.client_id else client_id,
+            response_information=f"{self._response_prefix}{client_id}"
+            if connect.properties.request_response_information
+            else None,
+        )
+        return Accepted(session, present, properties)
 
     async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+        if not self._may_publish(connection.tag, connection.client_id, publish.topic):
+            # 3.1.1 has no way to say so: it is acknowledged and dropped [3.1.1 MQTT-3.3.5-2].
+            return ReasonCode.NOT_AUTHORIZED
         receivers = self._route(publish, connection.session)
         if not receivers and publish.qos and connection.version == V5:
             return ReasonCode.NO_MATCHING_SUBSCRIBERS
@@ -172,13 +239,23 @@ class Broker:
         session = connection.session
         assert session is not None
         identifiers = subscribe.properties.subscription_identifiers
-        for subscription in subscribe.subscriptions:
-            entry = Entry(session, subscription, identifiers[0] if identifiers else None)
+        codes: list[int] = []
+        for wanted in subscribe.subscriptions:
+            if self._access is not None and not self._access.may_subscribe(
+                connection.tag, session.client_id, wanted.topic_filter
+            ):
+                codes.append(ReasonCode.NOT_AUTHORIZED)
+                continue
+            granted = replace(wanted, qos=min(wanted.qos, self._limits.maximum_qos))
+            entry = Entry(session, granted, identifiers[0] if identifiers else None)
             is_new = self._tree.add(entry)
-            session.subscriptions[subscription.topic_filter] = subscription
-            if subscription.retain_handling == 0 or (subscription.retain_handling == 1 and is_new):
+            session.subscriptions[granted.topic_filter] = granted
+            if self._store is not None and session.expiry_interval:
+                self._store.subscribe(session.client_id, granted, entry.identifier)
+            if granted.retain_handling == 0 or (granted.retain_handling == 1 and is_new):
                 self._send_retained(entry)
-        return [subscription.qos for subscription in subscribe.subscriptions]
+            codes.append(granted.qos)
+        return codes
 
     async def on_unsubscribe(
         self, connection: Connection, unsubscribe: Unsubscribe
@@ -188,6 +265,8 @@ class Broker:
         codes = []
         for topic_filter in unsubscribe.topic_filters:
             session.subscriptions.pop(topic_filter, None)
+            if self._store is not None:
+                self._store.unsubscribe(session.client_id, topic_filter)
             found = self._tree.remove(session.client_id, topic_filter)
             codes.append(ReasonCode.SUCCESS if found else ReasonCode.NO_SUBSCRIPTION_EXISTED)
         return codes
@@ -206,36 +285,44 @@ class Broker:
         will = connection.connect.will
         farewell = disconnect is not None and disconnect.reason_code == ReasonCode.SUCCESS
         if will is not None and not farewell and not self._stopping:
-            self._schedule_will(client_id, will, session.expiry_interval)
+            self._wills.schedule(client_id, will, session.expiry_interval)
         if session.expiry_interval == 0:
             self._end_session(session)
-        elif session.expiry_interval != NEVER and not self._stopping:
-            self._expiries[client_id] = asyncio.get_running_loop().call_later(
-                session.expiry_interval, self._expire, session
-            )
+            return
+        if self._store is not None:
+            self._store.save_session(client_id, session.owner, session.expiry_interval, here=False)
+        if not self._stopping:
+            self._expire_after(session, session.expiry_interval)
 
     # Inside
 
     def _new_connection(self) -> Connection:
-        return Connection(self, self._limits, self._connections)
+        before_write = None if self._store is None else self._store.commit
+        return Connection(self, self._limits, self._connections, before_write)
 
-    def _authenticate(self, connect: Connect) -> Refused | None:
-        if self._users is None:
-            return None
-        if connect.username is None:
-            return Refused(ReasonCode.NOT_AUTHORIZED, "a user name and password are required")
-        known = self._users.get(connect.username)
-        # Compared in any case, so that time does not tell which names exist.
-        good = hmac.compare_digest((known or "").encode(), connect.password or b"")
-        if known is None or not good:
-            return Refused(ReasonCode.BAD_USER_NAME_OR_PASSWORD, "wrong user name or password")
-        return None
+    def _restore(self, store: Store) -> None:
+        self._retained.restore(store.retained())
+        self._sessions.clear()
+        for stored in store.sessions():
+            left = stored.expiry_interval - stored.left_for
+            if left <= 0:
+                store.remove_session(stored.client_id)
+                continue
+            session = self._sessions[stored.client_id] = stored.revive(self._queue_limit, store)
+            for subscription, identifier in stored.subscriptions.values():
+                self._tree.add(Entry(session, subscription, identifier))
+            self._expire_after(session, left)
+
+    def _may_publish(self, user: str | None, client_id: str, topic: str) -> bool:
+        return self._access is None or self._access.may_publish(user, client_id, topic)
 
     def _route(self, publish: Publish, origin: Session | None) -> int:
         """Keep and hand out a message; how many sessions it goes to."""
         publish = replace(publish, dup=False, packet_id=0)
         if publish.retain:
-            self._retain(publish)
+            kept = self._retained.keep(publish, asyncio.get_running_loop().time())
+            if self._store is not None:
+                self._store.retain(publish.topic, kept)
         plain, groups = self._tree.match(publish.topic)
         by_session: dict[str, list[Entry]] = {}
         for entry in plain:
@@ -275,53 +362,18 @@ class Broker:
         elif qos:
             session.enqueue(copy, asyncio.get_running_loop().time())
 
-    def _retain(self, publish: Publish) -> None:
-        if not publish.payload:
-            self._retained.pop(publish.topic, None)
-            return
-        expiry = publish.properties.message_expiry_interval
-        now = asyncio.get_running_loop().time()
-        self._retained[publish.topic] = _Retained(
-            publish, NEVER if expiry is None else now + expiry
-        )
-
     def _send_retained(self, entry: Entry) -> None:
         share, topic_filter = split_shared(entry.subscription.topic_filter)
         if share:
             return
-        now = asyncio.get_running_loop().time()
-        for topic, kept in list(self._retained.items()):
-            if kept.expires_at <= now:
-                del self._retained[topic]
-            elif matches(topic_filter, topic):
-                publish = kept.publish
-                if kept.expires_at != NEVER:
-                    left = max(1, int(kept.expires_at - now))
-                    properties = replace(publish.properties, message_expiry_interval=left)
-                    publish = replace(publish, properties=properties)
-                self._deliver(publish, [entry], retained=True)
+        for publish in self._retained.matching(topic_filter, asyncio.get_running_loop().time()):
+            self._deliver(publish, [entry], retained=True)
 
-    def _schedule_will(self, client_id: str, will: Will, session_expiry: float) -> None:
-        delay = min(will.properties.will_delay_interval or 0, session_expiry)
-        if delay == 0:
-            self._publish_will(will)
-            return
-        timer = asyncio.get_running_loop().call_later(delay, self._will_due, client_id)
-        self._wills[client_id] = (timer, will)
-
-    def _will_due(self, client_id: str) -> None:
-        _, will = self._wills.pop(client_id)
-        self._publish_will(will)
-
-    def _cancel_will(self, client_id: str) -> None:
-        if (waiting := self._wills.pop(client_id, None)) is not None:
-            waiting[0].cancel()
-
-    def _publish_will(self, will: Will) -> None:
-        properties = replace(will.properties, will_delay_interval=None)
-        self._route(
-            Publish(will.topic, will.payload, will.qos, will.retain, False, 0, properties), None
-        )
+    def _expire_after(self, session: Session, seconds: float) -> None:
+        if seconds != NEVER:
+            self._expiries[session.client_id] = asyncio.get_running_loop().call_later(
+                seconds, self._expire, session
+            )
 
     def _expire(self, session: Session) -> None:
         del self._expiries[session.client_id]
@@ -331,11 +383,10 @@ class Broker:
         for topic_filter in list(session.subscriptions):
             self._tree.remove(session.client_id, topic_filter)
         session.end()
+        if self._store is not None:
+            self._store.remove_session(session.client_id)
         del self._sessions[session.client_id]
-        # A delayed will is due when its session ends [MQTT-3.1.3-9].
-        if (waiting := self._wills.pop(session.client_id, None)) is not None:
-            waiting[0].cancel()
-            self._publish_will(waiting[1])
+        self._wills.session_ended(session.client_id)
 
 
 def _expiry(connect: Connect) -> float:

@@ -288,7 +288,7 @@ class Connection(Channel):
             return
         # 3.1.1 cannot say no, so its handshake goes on to PUBREL in any case.
         if code < 0x80 or self.version == V311:
-            session.received.add(identifier)
+            session.arrive(identifier)
         self._send(PubRec(identifier, code))
 
     def _check_qos_and_retain(self, qos: int, retain: bool) -> None:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from .packets import (
     PubAck,
@@ -29,11 +29,32 @@ Done: TypeAlias = Callable[["int | None"], None]
 """Told how a message ended: the client's reason code, or None when it was dropped undelivered."""
 
 
+class Journal(Protocol):
+    """Where a session that outlives the process writes its changes down."""
+
+    def queued(self, client_id: str, publish: Publish, expires_at: float) -> int:
+        """A QoS 1 or 2 message waits; its key."""
+
+    def sent(self, key: int, packet_id: int) -> None: ...
+
+    def released(self, key: int) -> None:
+        """The client answered PUBREC."""
+
+    def finished(self, key: int) -> None: ...
+
+    def arrived(self, client_id: str, packet_id: int) -> None:
+        """An incoming QoS 2 message was taken."""
+
+    def completed(self, client_id: str, packet_id: int) -> None:
+        """The client released it."""
+
+
 @dataclass(slots=True)
 class _Outgoing:
     publish: Publish
     expires_at: float
     done: Done | None
+    key: int = 0  # the journal's
     counted: bool = False  # occupies a place in the client's receive maximum
     received: bool = False  # the client answered PUBREC; only PUBREL may follow
 
@@ -45,19 +66,26 @@ class _Outgoing:
 class Session:
     """One client's state. Not bound to a connection: the server decides which one has it.
 
-    `subscriptions` is the server's to fill (by topic filter); `expiry_interval` is in seconds from
-    the end of the connection, 0 (it ends with it) to NEVER. `now` is monotonic seconds everywhere.
+    `subscriptions` is the server's to fill (by topic filter), `owner` its user;
+    `expiry_interval` is in seconds from the end of the connection, 0 (it ends with it) to NEVER.
+    `now` is monotonic seconds everywhere.
     """
 
     def __init__(
-        self, client_id: str, queue_limit: int = 1000, queue_bytes: int = 16 * 1024 * 1024
+        self,
+        client_id: str,
+        queue_limit: int = 1000,
+        queue_bytes: int = 16 * 1024 * 1024,
+        journal: Journal | None = None,
     ) -> None:
         self.client_id = client_id
+        self.owner: str | None = None
         self.expiry_interval: float = 0
         self.subscriptions: dict[str, Subscription] = {}
         self.subscription_identifiers: dict[str, int] = {}
         self.received: set[int] = set()
         self.dropped = 0
+        self._journal = journal
         self._queue_limit = queue_limit
         self._bytes_left = queue_bytes
         self._queue: deque[_Outgoing] = deque()
@@ -87,8 +115,21 @@ class Session:
         expiry = publish.properties.message_expiry_interval
         expires_at = NEVER if expiry is None else now + expiry
         self._bytes_left -= size
-        queue.append(_Outgoing(publish, expires_at, done))
+        outgoing = _Outgoing(publish, expires_at, done)
+        if self._journal is not None and publish.qos:
+            outgoing.key = self._journal.queued(self.client_id, publish, expires_at)
+        queue.append(outgoing)
         return True
+
+    def restore(self, publish: Publish, expires_at: float, key: int, received: bool) -> None:
+        """Take a message from the journal; those that were sent (with packet_id) come first."""
+        outgoing = _Outgoing(publish, expires_at, None, key, received=received)
+        self._bytes_left -= len(publish.payload) + len(publish.topic)
+        if publish.packet_id:
+            self._in_flight[publish.packet_id] = outgoing
+            self._last_id = publish.packet_id
+        else:
+            self._queue.append(outgoing)
 
     def resume(self) -> None:
         """A new connection took the session: everything unfinished is to be sent again."""
@@ -104,6 +145,8 @@ class Session:
 
     def end(self) -> None:
         """Forget everything; whoever waits for a message learns that it was dropped."""
+        # The server's store forgets the session as a whole.
+        self._journal = None
         waiting = [*self._in_flight.values(), *self._queue, *self._qos0]
         self._queue.clear()
         self._qos0.clear()
@@ -139,6 +182,8 @@ class Session:
         self._queue.popleft()
         outgoing.publish = replace(outgoing.publish, packet_id=self._free_id())
         self._in_flight[outgoing.publish.packet_id] = outgoing
+        if self._journal is not None:
+            self._journal.sent(outgoing.key, outgoing.publish.packet_id)
         self._count(outgoing)
         return _ageing(outgoing.publish, outgoing.expires_at, now)
 
@@ -155,6 +200,8 @@ class Session:
                 return PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
             if packet.reason_code < 0x80:
                 outgoing.received = True
+                if self._journal is not None:
+                    self._journal.released(outgoing.key)
                 return PubRel(packet.packet_id)
         elif outgoing is None or (outgoing.publish.qos == 2) != isinstance(packet, PubComp):
             return None
@@ -165,10 +212,18 @@ class Session:
         """A message that cannot go to this client (too large for it) counts as finished."""
         self._finish(packet_id, None)
 
+    def arrive(self, packet_id: int) -> None:
+        """A QoS 2 message was taken; `received` knows it until it is released."""
+        self.received.add(packet_id)
+        if self._journal is not None:
+            self._journal.arrived(self.client_id, packet_id)
+
     def release(self, packet: PubRel) -> PubComp:
         """The client will not send this QoS 2 message again."""
         if packet.packet_id in self.received:
             self.received.remove(packet.packet_id)
+            if self._journal is not None:
+                self._journal.completed(self.client_id, packet.packet_id)
             return PubComp(packet.packet_id)
         return PubComp(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
 
@@ -191,6 +246,8 @@ class Session:
         outgoing.end(None)
 
     def _free(self, outgoing: _Outgoing) -> None:
+        if self._journal is not None and outgoing.publish.qos:
+            self._journal.finished(outgoing.key)
         self._bytes_left += len(outgoing.publish.payload) + len(outgoing.publish.topic)
 
     def _free_id(self) -> int:
