@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -84,6 +84,18 @@ class DeploymentConfig(_Section, frozen=True):
     retry_cap_seconds: float = 60.0
 
 
+class TelemetryConfig(_Section, frozen=True):
+    """`to` names the link that telemetry goes over, the first one when empty.
+
+    `ttl_seconds` counts where the manifest has no `$edgeHub` section, 0 keeps messages for ever;
+    `max_size_bytes` is the most that a manifest may ask for.
+    """
+
+    to: Literal["", "iothub", "mqtt"] = ""
+    max_size_bytes: Annotated[int, msgspec.Meta(ge=64 * 1024)] = 64 * 1024 * 1024
+    ttl_seconds: Annotated[float, msgspec.Meta(ge=0)] = 7 * 24 * 3600.0
+
+
 class AgentConfig(_Section, frozen=True):
     device: DeviceConfig = DeviceConfig()
     iothub: IotHubConfig | None = None
@@ -92,6 +104,7 @@ class AgentConfig(_Section, frozen=True):
     scoring: ScoringConfig = ScoringConfig()
     fabric: FabricConfig = FabricConfig()
     deployment: DeploymentConfig = DeploymentConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
     def device_id(self) -> str:

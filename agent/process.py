@@ -9,13 +9,15 @@ import logging
 import os
 import platform
 import signal
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Protocol
 
 from .clock import Clock, SystemClock
 from .conditions import Condition, Start, conditions, note_starts
@@ -23,6 +25,8 @@ from .config import AgentConfig, ConfigError, read_secret
 from .control_server import ControlServer
 from .images import RegistryImages
 from .module_spec import ModuleSpec
+from .outbox import Limits, Outbox
+from .outbox_sender import OutboxSender
 from .publish import Publisher
 from .reconcile import Reconciler, ReconcileSettings, Snapshot, Verdict
 from .reported import (
@@ -35,9 +39,15 @@ from .reported import (
 )
 from .roles import board_of
 from .scoring_link import ScoringLink
-from .status import deployment_document, desired_status, status_document
-from .steps import Executor, StepFailed
+from .status import (
+    deployment_document,
+    desired_status,
+    status_document,
+    telemetry_document,
+)
+from .steps import Executor, Images, ScoringControl, StepFailed
 from .store import StateStore, StoreError
+from .telemetry import LifecycleEvents, limits_for
 from .twin.transport import MethodResult, TwinTransport
 
 log = logging.getLogger(__name__)
@@ -56,11 +66,29 @@ async def run_agent(config: AgentConfig) -> int:
             store = StateStore(config.device.state_dir / "state.db", SystemClock())
         except StoreError as error:
             raise ConfigError(str(error)) from error
+        links = transports(config)
+        outbox = open_outbox(config, SystemClock()) if links else None
         try:
-            await Agent(config, store, SystemClock(), transports(config)).run(stop)
+            await Agent(config, store, SystemClock(), links, outbox).run(stop)
         finally:
+            if outbox is not None:
+                await outbox.close()
             store.close()
     return 0
+
+
+class Scoring(ScoringControl, Protocol):
+    async def close(self) -> None: ...
+
+
+class Control(Protocol):
+    """What serves the command line: see ControlServer."""
+
+    async def start(self) -> None: ...
+
+    async def changed(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
 
 class Agent:
@@ -72,33 +100,53 @@ class Agent:
         store: StateStore,
         clock: Clock,
         links: tuple[TwinTransport, ...],
+        outbox: Outbox | None = None,
+        *,
+        images: Images | None = None,
+        scoring: Scoring | None = None,
+        control: Callable[..., Control] = ControlServer,
+        settings: ReconcileSettings | None = None,
+        jitter: Random | None = None,
     ) -> None:
+        """`outbox` is None where there is no link. The rest is for simulations.
+
+        Raises ConfigError when telemetry is to go over a link that there is not.
+        """
         self._config = config
         self._store = store
         self._clock = clock
         self._board = board_of(config)
-        self._images = RegistryImages(
+        self._images = images or RegistryImages(
             config.device.state_dir / "images",
             config.registry,
             None if self._board is None else self._board.name,
             None if self._board is None else self._board.part,
         )
-        self._scoring = ScoringLink(config.scoring_socket)
+        self._scoring = scoring or ScoringLink(config.scoring_socket)
         self._reconciler = Reconciler(
             store,
             Executor(self._images, self._scoring, store.pin),
             clock,
-            ReconcileSettings(
+            settings
+            or ReconcileSettings(
                 config.deployment.probation_seconds,
                 config.deployment.retry_base_seconds,
                 config.deployment.retry_cap_seconds,
             ),
             self._publish,
+            jitter,
         )
         self._publisher = Publisher(
-            links, self._reconciler.submit, {"ping": _ping}, self._reconciler.wake
+            links, self._reconciler.submit, {"ping": _ping}, self._link_changed, jitter
         )
-        self._control = ControlServer(config.agent_socket, self._apply, self._status)
+        self._outbox = outbox
+        self._upstream = _upstream(config, links)
+        self._sender: OutboxSender | None = None
+        self._events: LifecycleEvents | None = None
+        if outbox is not None and self._upstream is not None:
+            self._sender = OutboxSender(outbox, self._upstream, self._upstream_connected, jitter)
+            self._events = LifecycleEvents(outbox, store, config.device_id, clock)
+        self._control: Control = control(config.agent_socket, self._apply, self._status)
         self._snapshot = Snapshot()
         self._starts: dict[str, Start] = {}
         self._notices: set[asyncio.Task[None]] = set()
@@ -108,10 +156,11 @@ class Agent:
         """Run until `stop` is set or a part of the agent fails, whose error is raised."""
         await self._control.start()
         log.info("agent ready on %s", self._config.agent_socket)
-        jobs = [
-            asyncio.ensure_future(job)
-            for job in (stop.wait(), self._reconciler.run(), self._publisher.run())
-        ]
+        work = [stop.wait(), self._reconciler.run(), self._publisher.run()]
+        if self._sender is not None and self._events is not None:
+            self._events.started("agent", uuid.uuid4().hex, os.getpid())
+            work.append(self._sender.run())
+        jobs = [asyncio.ensure_future(job) for job in work]
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
@@ -125,6 +174,17 @@ class Agent:
             await self._control.stop()
             await self._scoring.close()
 
+    def _link_changed(self) -> None:
+        self._reconciler.wake()
+        if self._sender is not None:
+            self._sender.link_changed()
+
+    def _upstream_connected(self) -> bool:
+        upstream = self._upstream
+        return upstream is not None and any(
+            link.connected for link in self._publisher.links() if link.source == upstream.name
+        )
+
     def _apply(self, manifest: bytes) -> Verdict:
         return self._reconciler.submit(LOCAL, 0, manifest, always=True)
 
@@ -133,6 +193,11 @@ class Agent:
     def _publish(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._starts = note_starts(self._starts, snapshot, self._clock.now())
+        if self._outbox is not None and self._events is not None:
+            self._events.note(snapshot)
+            if snapshot.manifest is not None:
+                limits = outbox_limits(self._config)
+                self._outbox.set_limits(limits_for(limits, snapshot.manifest.edge_hub))
         for source in self._publisher.sources():
             self._publisher.publish(source, self._report(source))
         notice = asyncio.ensure_future(self._control.changed())
@@ -154,6 +219,13 @@ class Agent:
             "device": self._config.device_id,
             "deployment": deployment_document(snapshot, latest, last_good),
         }
+        if self._outbox is not None:
+            telemetry = self._outbox.status()
+            if telemetry.dropped or telemetry.error:
+                details["telemetry"] = {
+                    "dropped": dict(telemetry.dropped),
+                    "error": telemetry.error,
+                }
         if self._board is not None:
             details["board"] = {"name": self._board.name, "part": self._board.part}
         return build_reported(
@@ -188,7 +260,34 @@ class Agent:
             self._store.seen(),
             self._publisher.links(),
             _processes(self._config.processes_file),
+            None
+            if self._outbox is None or self._sender is None or self._upstream is None
+            else telemetry_document(self._upstream.name, self._sender.sent, self._outbox.status()),
         )
+
+
+def outbox_limits(config: AgentConfig) -> Limits:
+    """The device's own limits, where no manifest sets others."""
+    telemetry = config.telemetry
+    return Limits(telemetry.max_size_bytes, telemetry.ttl_seconds or None)
+
+
+def open_outbox(config: AgentConfig, clock: Clock) -> Outbox:
+    return Outbox(config.device.state_dir / "outbox.db", clock, outbox_limits(config))
+
+
+def _upstream(config: AgentConfig, links: tuple[TwinTransport, ...]) -> TwinTransport | None:
+    """The link that telemetry goes over. Raises ConfigError."""
+    wanted = config.telemetry.to
+    for link in links:
+        if wanted in ("", link.name):
+            return link
+    if wanted:
+        raise ConfigError(
+            f"telemetry.to is {wanted}, but there is no [{wanted}] section: add it, or leave "
+            "telemetry.to out"
+        )
+    return None
 
 
 def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:

@@ -59,12 +59,13 @@ class Publisher:
         submit: Submit,
         methods: Mapping[str, Method],
         on_link_change: Callable[[], None],
+        jitter: random.Random | None = None,
     ) -> None:
         self._links = {transport.name: _Link(transport) for transport in transports}
         self._submit = submit
         self._methods = {name.lower(): method for name, method in methods.items()}
         self._on_link_change = on_link_change
-        self._jitter = random.Random()
+        self._jitter = jitter or random.Random()
         self._sent = asyncio.Event()
 
     def links(self) -> tuple[LinkState, ...]:

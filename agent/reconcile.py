@@ -39,6 +39,8 @@ class ReconcileSettings:
     probation_seconds: float = 10.0
     retry_base_seconds: float = 1.0
     retry_cap_seconds: float = 60.0
+    busy_poll_seconds: float = BUSY_POLL_SECONDS
+    idle_poll_seconds: float = IDLE_POLL_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +153,12 @@ class Reconciler:
         latest = self._store.latest()
         if latest is None:
             self._publish(Snapshot())
-            return IDLE_POLL_SECONDS
+            return self._settings.idle_poll_seconds
         try:
             observed, scoring = await self._executor.observe()
         except StepFailed as error:
             log.error("cannot look at the device: %s", error)
-            return IDLE_POLL_SECONDS
+            return self._settings.idle_poll_seconds
         goal, current = self._decide(latest, observed, scoring)
         wanted = self._wanted(goal.wanted)
         self._forget(current)
@@ -318,9 +320,9 @@ class Reconciler:
 
     def _pause(self, goal: Goal, current: Plan, observed: Observed) -> float:
         now = self._clock.monotonic()
-        pause = IDLE_POLL_SECONDS
+        pause = self._settings.idle_poll_seconds
         if self._tasks or not observed.scoring_up or not current.settled:
-            pause = BUSY_POLL_SECONDS
+            pause = self._settings.busy_poll_seconds
         times = [failure.retry_at for failure in current.blocked if failure.retryable]
         probation = self._probation
         if goal.wanted.phase == "probation" and probation is not None and probation.since:

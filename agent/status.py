@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from .conditions import Condition, Start
+from .outbox import OutboxStatus
 from .plan import Failure
 from .publish import LinkState
 from .reconcile import Snapshot
@@ -25,6 +26,7 @@ def status_document(
     seen: tuple[Seen, ...],
     links: tuple[LinkState, ...],
     processes: Mapping[str, Any],
+    telemetry: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `gatelet status --json` prints. Keys are stable; times are ISO 8601 in UTC."""
     specs = {} if snapshot.manifest is None else {m.name: m for m in snapshot.manifest.modules}
@@ -61,6 +63,20 @@ def status_document(
             if s.code != OK
         ],
         "processes": dict(processes),
+        "telemetry": telemetry,
+    }
+
+
+def telemetry_document(to: str, sent: int, outbox: OutboxStatus) -> dict[str, Any]:
+    """The outbox: what waits, what was sent since the start, what was dropped in its whole life."""
+    return {
+        "to": to,
+        "messages": outbox.messages,
+        "bytes": outbox.bytes,
+        "oldestSeconds": round(outbox.oldest_seconds, 1),
+        "sent": sent,
+        "dropped": dict(outbox.dropped),
+        "error": outbox.error,
     }
 
 

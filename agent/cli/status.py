@@ -45,6 +45,9 @@ def _status(arguments: argparse.Namespace) -> int:
     for link in status["links"]:
         state = "connected" if link["connected"] else f"not connected: {link['reason']}"
         print(f"{link['source']:11} {state}")
+    telemetry = status["telemetry"]
+    if telemetry is not None:
+        print(f"telemetry   {_telemetry(telemetry)}")
     for name, process in status["processes"].items():
         print(f"{name:11} pid {process['pid']}, {process.get('restarts', 0)} restarts")
     for refusal in status["refused"]:
@@ -52,6 +55,17 @@ def _status(arguments: argparse.Namespace) -> int:
     print()
     _table(status["modules"])
     return 0
+
+
+def _telemetry(telemetry: dict[str, Any]) -> str:
+    parts = [f"{telemetry['sent']} sent over {telemetry['to']}"]
+    if telemetry["messages"]:
+        waiting = f"{telemetry['messages']} waiting ({telemetry['bytes']} bytes"
+        parts.append(f"{waiting}, oldest {telemetry['oldestSeconds']:.0f} s)")
+    parts += [f"{count} dropped ({why})" for why, count in sorted(telemetry["dropped"].items())]
+    if telemetry["error"]:
+        parts.append(telemetry["error"])
+    return ", ".join(parts)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,142 @@
+"""What the agent itself tells as telemetry: the life of deployments and processes.
+
+Events follow from what the store holds, not from the moment something happened: each has a key
+under which the outbox takes it once. So a crash between a change and its event, or a full disk,
+delays the event and neither loses nor repeats it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .clock import Clock
+from .edge_hub import EdgeHub
+from .outbox import Limits, Outbox, OutboxError, Telemetry
+from .reconcile import Snapshot
+from .store import Deployment, StateStore
+
+log = logging.getLogger(__name__)
+
+EVENT_PROPERTY = "gatelet-event"
+EVENT_PRIORITY = 2
+_REMEMBERED = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`name` such as "deployment.good"; `key` is the same for the same event for ever."""
+
+    key: str
+    name: str
+    data: Mapping[str, Any]
+
+
+def deployment_events(
+    deployments: Iterable[Deployment], rolled_back_to: Deployment | None = None
+) -> list[Event]:
+    """All that happened to these deployments so far, oldest first.
+
+    `rolled_back_to` is what runs now instead of the newest one, once it does.
+    """
+    events: list[Event] = []
+    ordered = sorted(deployments, key=lambda deployment: deployment.generation)
+    for deployment in ordered:
+        about = {
+            "generation": deployment.generation,
+            "source": deployment.source,
+            "version": deployment.version,
+        }
+        key = f"deployment/{deployment.generation}"
+        accepted = {**about, "received": deployment.received}
+        events.append(Event(f"{key}/accepted", "deployment.accepted", {"deployment": accepted}))
+        if deployment.phase in ("good", "failed"):
+            ended = {**about, "description": deployment.description}
+            name = f"deployment.{deployment.phase}"
+            events.append(Event(f"{key}/{deployment.phase}", name, {"deployment": ended}))
+        if rolled_back_to is not None and deployment is ordered[-1]:
+            back = {**about, "to": rolled_back_to.generation}
+            events.append(Event(f"{key}/rolledBack", "deployment.rolledBack", {"deployment": back}))
+    return events
+
+
+def limits_for(device: Limits, hub: EdgeHub | None) -> Limits:
+    """The outbox's limits: the manifest's store-and-forward settings within the device's own."""
+    if hub is None:
+        return device
+    size = device.max_bytes if hub.max_size_bytes is None else hub.max_size_bytes
+    ttl = None if hub.ttl_seconds is None else float(hub.ttl_seconds)
+    return Limits(min(size, device.max_bytes), ttl)
+
+
+class LifecycleEvents:
+    """Puts each event into the outbox until it is there."""
+
+    def __init__(self, outbox: Outbox, store: StateStore, device: str, clock: Clock) -> None:
+        self._outbox = outbox
+        self._store = store
+        self._device = device
+        self._clock = clock
+        self._generation = -1
+        self._stored: set[str] = set()
+        self._storing: dict[str, asyncio.Task[None]] = {}
+
+    def note(self, snapshot: Snapshot) -> None:
+        """Look for news after a pass of the control loop. Returns at once."""
+        for event in self._events(snapshot):
+            if event.key not in self._stored and event.key not in self._storing:
+                task = asyncio.ensure_future(self._put(event))
+                self._storing[event.key] = task
+
+    def started(self, process: str, key: str, pid: int) -> None:
+        """A process of the agent began; `key` tells its starts apart."""
+        event = Event(f"{process}/{key}", "process.started", {"process": process, "pid": pid})
+        if event.key not in self._stored and event.key not in self._storing:
+            self._storing[event.key] = asyncio.ensure_future(self._put(event))
+
+    def _events(self, snapshot: Snapshot) -> list[Event]:
+        latest = self._store.latest()
+        if latest is None:
+            return []
+        if snapshot.scoring is not None:
+            self.started("scoring", snapshot.scoring.boot_id, snapshot.scoring.pid)
+        goal, plan = snapshot.goal, snapshot.plan
+        back = goal is not None and goal.rolled_back and plan is not None and plan.settled
+        rolled_back_to = goal.wanted if goal is not None and back else None
+        if rolled_back_to is not None and latest.phase != "failed":
+            rolled_back_to = None  # a newer deployment came after this pass
+        # All of them once per start and deployment: some may have come and gone between passes.
+        fresh = latest.generation != self._generation
+        deployments = self._store.deployments() if fresh else [latest]
+        events = deployment_events(deployments, rolled_back_to)
+        if all(event.key in self._stored for event in events):
+            self._generation = latest.generation
+        return events
+
+    async def _put(self, event: Event) -> None:
+        body = {
+            "event": event.name,
+            "device": self._device,
+            "time": self._clock.now().isoformat(timespec="seconds"),
+            **event.data,
+        }
+        message = Telemetry(
+            json.dumps(body, separators=(",", ":")).encode(),
+            properties={EVENT_PROPERTY: event.name},
+            priority=EVENT_PRIORITY,
+            key=event.key,
+        )
+        try:
+            await self._outbox.put(message)
+        except OutboxError:
+            log.debug("%s is not stored yet", event.key)
+        else:
+            if len(self._stored) >= _REMEMBERED:
+                self._stored.clear()  # the outbox knows them too; this only saves asking
+            self._stored.add(event.key)
+        finally:
+            del self._storing[event.key]
