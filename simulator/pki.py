@@ -1,4 +1,8 @@
-"""A site's certificate authority and the server certificates it issues, as PEM files."""
+"""A site's certificate authority and what it issues, as PEM files.
+
+Servers get certificates by their names, devices by their common name: from the authority, from an
+intermediate of it, or signed by themselves.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +25,30 @@ from ..agent.clock import Clock, SystemClock
 
 _CA_LIFETIME = timedelta(days=3650)
 _SERVER_LIFETIME = timedelta(days=365)
+_DEVICE_LIFETIME = timedelta(days=90)
 _RENEW_BEFORE = timedelta(days=7)
 _CLOCK_SKEW = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """PEM files: `certificate` holds the leaf followed by its issuer."""
+    """PEM files: `certificate` holds the leaf followed by its issuer.
+
+    `passphrase` opens the key; None for a key that is not encrypted.
+    """
 
     certificate: Path
     key: Path
+    passphrase: str | None = None
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificates(self.certificate.read_bytes())[0]
+
+    @property
+    def thumbprint(self) -> str:
+        """SHA-256 of the leaf, upper-case hex: as IoT Hub registers self-signed certificates."""
+        return self.leaf.fingerprint(hashes.SHA256()).hex().upper()
 
 
 class Pki:
@@ -72,9 +90,50 @@ class Pki:
         context.load_cert_chain(files.certificate, files.key)
         return context
 
-    def client_context(self) -> ssl.SSLContext:
-        """A client's TLS context that trusts this site and nothing else."""
-        return ssl.create_default_context(cafile=str(self.ca_file))
+    def client_context(self, device: CertificateFiles | None = None) -> ssl.SSLContext:
+        """A client's TLS context that trusts this site and nothing else; with `device`'s own
+        certificate where one is given.
+        """
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        if device is not None:
+            context.load_cert_chain(device.certificate, device.key, device.passphrase)
+        return context
+
+    def intermediate(self, name: str) -> CertificateFiles:
+        """An authority below the site's, made once; `device` issues from it."""
+        files = self._files(f"intermediate.{name}", None)
+        with self._locked():
+            if not files.certificate.exists():
+                self._issue(
+                    files,
+                    f"gatelet intermediate {name}"[:64],
+                    self._site_issuer(),
+                    _CA_LIFETIME,
+                    True,
+                )
+        return files
+
+    def device(
+        self,
+        common_name: str,
+        *,
+        issuer: CertificateFiles | None = None,
+        self_signed: bool = False,
+        passphrase: str | None = None,
+        lifetime: timedelta = _DEVICE_LIFETIME,
+        version: int = 1,
+    ) -> CertificateFiles:
+        """The certificate of a device (or "device/module"), made once per `version` and way.
+
+        It is the site authority's, `issuer`'s or `self_signed`; `passphrase` encrypts a new key.
+        """
+        way = "self" if self_signed else "site" if issuer is None else issuer.certificate.stem
+        files = self._files(f"device.{common_name}.{way}.{version}", passphrase)
+        with self._locked():
+            if not files.certificate.exists():
+                signer = None if self_signed else self._issuer(issuer)
+                self._issue(files, common_name, signer, lifetime, False)
+        return files
 
     def _authority(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         key_file = self._folder / "ca.key.pem"
@@ -87,7 +146,7 @@ class Pki:
         name = _common_name("gatelet simulated site CA")
         certificate = (
             self._builder(name, name, key.public_key(), _CA_LIFETIME)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
             .add_extension(_key_usage(key_cert_sign=True), critical=True)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()),
@@ -98,6 +157,61 @@ class Pki:
         _write(key_file, _key_pem(key))
         _write(self.ca_file, certificate.public_bytes(serialization.Encoding.PEM))
         return certificate, key
+
+    def _files(self, name: str, passphrase: str | None) -> CertificateFiles:
+        stem = _file_stem(name)
+        return CertificateFiles(
+            self._folder / f"{stem}.pem", self._folder / f"{stem}.key.pem", passphrase
+        )
+
+    def _site_issuer(self) -> _Issuer:
+        return _Issuer((self._ca_certificate,), self._ca_key)
+
+    def _issuer(self, files: CertificateFiles | None) -> _Issuer:
+        if files is None:
+            return self._site_issuer()
+        key = serialization.load_pem_private_key(files.key.read_bytes(), password=None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError(f"{files.key} is not an elliptic curve key")
+        return _Issuer(tuple(x509.load_pem_x509_certificates(files.certificate.read_bytes())), key)
+
+    def _issue(
+        self,
+        files: CertificateFiles,
+        common_name: str,
+        issuer: _Issuer | None,
+        lifetime: timedelta,
+        authority: bool,
+    ) -> None:
+        """Without an issuer the certificate signs itself."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = _common_name(common_name)
+        chain = () if issuer is None else issuer.chain
+        builder = self._builder(
+            subject, chain[0].subject if chain else subject, key.public_key(), lifetime
+        ).add_extension(
+            x509.BasicConstraints(ca=authority, path_length=0 if authority else None),
+            critical=True,
+        )
+        if authority:
+            builder = builder.add_extension(_key_usage(key_cert_sign=True), critical=True)
+        else:
+            builder = builder.add_extension(
+                _key_usage(digital_signature=True), critical=True
+            ).add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+            )
+        signing_key = key if issuer is None else issuer.key
+        certificate = builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()),
+            critical=False,
+        ).sign(signing_key, hashes.SHA256())
+        _write(files.key, _key_pem(key, files.passphrase))
+        # The root goes along, as in the server's file: what a client sends too much harms nobody.
+        _write(
+            files.certificate,
+            b"".join(c.public_bytes(serialization.Encoding.PEM) for c in (certificate, *chain)),
+        )
 
     def _issue_server(self, files: CertificateFiles, names: Sequence[str]) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -167,6 +281,14 @@ class Pki:
             yield
 
 
+@dataclass(frozen=True, slots=True)
+class _Issuer:
+    """Its own certificate first."""
+
+    chain: tuple[x509.Certificate, ...]
+    key: ec.EllipticCurvePrivateKey
+
+
 def _signed_by(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bool:
     extension = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
     expected = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
@@ -198,11 +320,12 @@ def _key_usage(*, key_cert_sign: bool = False, digital_signature: bool = False) 
     )
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: str | None = None) -> bytes:
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        encryption = serialization.BestAvailableEncryption(passphrase.encode())
     return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
     )
 
 

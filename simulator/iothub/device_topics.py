@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from .devices import ClientId
 from .errors import HubError, invalid
 from .hub import Hub, Link, parse_json
+from .rates import throttled
 
 _TWIN_GET = re.compile(r"\$iothub/twin/GET/\?(?P<query>.*)\Z")
 _TWIN_PATCH = re.compile(r"\$iothub/twin/PATCH/properties/reported/\?(?P<query>.*)\Z")
@@ -38,6 +39,8 @@ def handle_publish(hub: Hub, client: ClientId, link: Link, topic: str, payload: 
     elif match := _TWIN_PATCH.match(topic):
         _twin_request(hub, client, link, match["query"], payload)
     elif match := _METHOD.match(topic):
+        if hub.faults.take("lose_method_answers"):
+            return
         hub.method_answered(client, _request_id(match["query"]), int(match["status"]), payload)
     elif topic.startswith(prefix := f"{client.path}/messages/events"):
         bag = topic[len(prefix) :]
@@ -53,7 +56,10 @@ def _twin_request(hub: Hub, client: ClientId, link: Link, query: str, patch: byt
     suffix, body = "", b""
     try:
         if hub.faults.take("throttle_twin_requests"):
-            raise HubError(429, "ThrottlingException", "too many twin requests: slow down")
+            raise throttled("too many twin requests: slow down")
+        if hub.faults.take("fail_twin_requests"):
+            raise HubError(500, "ServerError", "failed on request")
+        hub.throttle.check("twin_reads" if patch is None else "twin_updates")
         if patch is None:
             status = 200
             body = json.dumps(hub.twin(client).device_view(), ensure_ascii=False).encode()

@@ -15,6 +15,9 @@ from .errors import HubError, invalid
 _ID = re.compile(r"[A-Za-z0-9\-.%_*?!(),:=@$']{1,128}\Z", re.ASCII)
 
 
+_THUMBPRINT = re.compile(r"(?:[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class ClientId:
     """A device (`module` empty) or one of its modules; its text is the MQTT client id."""
@@ -51,6 +54,10 @@ class Identity:
     edge: bool = False
     generation: str = "1"
     managed_by: str = ""
+    authentication: str = "sas"
+    """How it must log in: "sas", "selfSigned" (by thumbprint) or "certificateAuthority"."""
+    thumbprints: tuple[str, str] = ("", "")
+    """SHA-1 or SHA-256 of certificates, upper-case hex; empty where there is none."""
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -70,12 +77,29 @@ class Identity:
             "edge": self.edge,
             "generation": self.generation,
             "managed_by": self.managed_by,
+            "authentication": self.authentication,
+            "thumbprints": list(self.thumbprints),
+        }
+
+    def authentication_view(self) -> dict[str, Any]:
+        """As the service side sees it."""
+        keys: list[str | None] = list(self.keys) if self.authentication == "sas" else [None, None]
+        return {
+            "type": self.authentication,
+            "symmetricKey": {"primaryKey": keys[0], "secondaryKey": keys[1]},
+            "x509Thumbprint": {
+                "primaryThumbprint": self.thumbprints[0] or None,
+                "secondaryThumbprint": self.thumbprints[1] or None,
+            },
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Identity:
         client = ClientId.parse(data["client"])
-        rest = {k: data[k] for k in ("enabled", "edge", "generation", "managed_by")}
+        rest: dict[str, Any] = {k: data[k] for k in ("enabled", "edge", "generation", "managed_by")}
+        rest["authentication"] = data.get("authentication", "sas")
+        primary, secondary = data.get("thumbprints", ("", ""))
+        rest["thumbprints"] = (primary, secondary)
         return cls(client, *data["keys"], **rest)
 
 
@@ -109,9 +133,10 @@ class Registry:
     ) -> Identity:
         """Creates or updates an identity from the REST body of IoT Hub's registry.
 
-        Read: `status`, `capabilities.iotEdge`, `authentication.symmetricKey`, `managedBy`; keys not
-        given are generated, or kept. Raises HubError 400 (bad body or id), 404 (a module's device
-        is missing), 409 (exists and no If-Match), 412 (stale If-Match).
+        Read: `status`, `capabilities.iotEdge`, `managedBy`, and of `authentication` `type`,
+        `symmetricKey` and `x509Thumbprint`; keys not given are generated, or kept. Raises HubError
+        400 (bad body or id), 404 (a module's device is missing), 409 (exists and no If-Match), 412
+        (stale If-Match).
         """
         ClientId.parse(str(client))
         old = self._identities.get(client)
@@ -156,9 +181,7 @@ class Registry:
 
 def _described(client: ClientId, description: Mapping[str, Any], old: Identity | None) -> Identity:
     authentication = _member(description, "authentication")
-    kind = authentication.get("type") or "sas"
-    if kind not in ("sas", "none"):
-        raise invalid(f"{client}: authentication type {kind!r} is not served by this hub; use sas")
+    kind, thumbprints = _x509(client, authentication, old)
     keys = _member(authentication, "symmetricKey")
     identity = old or Identity(client, _new_key(), _new_key(), generation=secrets.token_hex(8))
     status = description.get("status", "enabled" if identity.enabled else "disabled")
@@ -171,7 +194,40 @@ def _described(client: ClientId, description: Mapping[str, Any], old: Identity |
         enabled=status == "enabled",
         edge=bool(_member(description, "capabilities").get("iotEdge", identity.edge)),
         managed_by=str(description.get("managedBy") or identity.managed_by),
+        authentication=kind,
+        thumbprints=thumbprints,
     )
+
+
+def _x509(
+    client: ClientId, authentication: Mapping[str, Any], old: Identity | None
+) -> tuple[str, tuple[str, str]]:
+    """The type of authentication and the thumbprints it needs."""
+    kind = authentication.get("type") or (old.authentication if old else "sas")
+    if kind in ("sas", "none"):
+        return "sas", ("", "")
+    if kind == "certificateAuthority":
+        return kind, ("", "")
+    if kind != "selfSigned":
+        raise invalid(
+            f"{client}: authentication type {kind!r} is not one of sas, selfSigned and "
+            "certificateAuthority"
+        )
+    given = _member(authentication, "x509Thumbprint")
+    before = old.thumbprints if old and not given else ("", "")
+    primary = _thumbprint(given.get("primaryThumbprint"), client) or before[0]
+    secondary = _thumbprint(given.get("secondaryThumbprint"), client) or before[1]
+    if not primary and not secondary:
+        raise invalid(f"{client}: selfSigned needs x509Thumbprint.primaryThumbprint")
+    return kind, (primary, secondary or primary)
+
+
+def _thumbprint(text: Any, client: ClientId) -> str:
+    if text is None or text == "":
+        return ""
+    if not isinstance(text, str) or not _THUMBPRINT.match(text):
+        raise invalid(f"{client}: a thumbprint is 40 (SHA-1) or 64 (SHA-256) hexadecimal digits")
+    return text.upper()
 
 
 def _member(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -11,10 +11,13 @@ from urllib.parse import quote
 from ...agent.clock import Clock
 from ...agent.twin.merge_patch import make_patch
 from . import sas
+from .client_certificates import ClientCertificate, load_authorities
+from .credentials import Gate, Login
 from .deployment import desired_sections, module_ids
 from .devices import ClientId, Identity
 from .errors import HubError, invalid, unauthorized
-from .faults import Faults
+from .faults import Faults, SkewedClock
+from .rates import RateLimits, Throttle
 from .state import HubState
 from .telemetry import Message, TelemetryStore
 from .twins import Twin
@@ -53,9 +56,11 @@ class Hub:
     ) -> None:
         self.host_name = host_name
         self.state = state
-        self.clock = clock
-        self.telemetry = TelemetryStore()
         self.faults = Faults()
+        self.clock: Clock = SkewedClock(clock, self.faults)
+        self.throttle = Throttle(RateLimits(), self.clock)
+        self.authorities: dict[str, str] = {}
+        self.telemetry = TelemetryStore()
         self._changed = changed
         self._links: dict[ClientId, Link] = {}
         self._activity: dict[ClientId, str] = {}
@@ -65,7 +70,13 @@ class Hub:
 
     # Clients.
 
-    def authenticate(self, client_id: str, username: str | None, password: str | None) -> ClientId:
+    def authenticate(
+        self,
+        client_id: str,
+        username: str | None,
+        password: str | None,
+        certificate: ClientCertificate | None = None,
+    ) -> Login:
         """Checks a CONNECT. Raises HubError 400 (client id) or 401."""
         client = ClientId.parse(client_id)
         name, question, query = (username or "").partition("?")
@@ -76,16 +87,21 @@ class Hub:
             )
         if not question or "api-version" not in query:
             raise unauthorized("the user name lacks ?api-version=")
+        return self.log_in(client, password or "", certificate)
+
+    def log_in(
+        self, client: ClientId, token: str, certificate: ClientCertificate | None = None
+    ) -> Login:
+        """Checks what a client shows, by whatever protocol. Raises HubError 401."""
         if client not in self.state.registry:
             raise unauthorized(f"there is no {client} in this hub")
         identity = self.state.registry.get(client)
         device = self.state.registry.get(ClientId(client.device))
         if not (identity.enabled and device.enabled):
             raise unauthorized(f"{client} is disabled")
-        token = sas.parse(password or "")
-        keys = [self._policy_key(token.policy)] if token.policy else identity.keys
-        sas.verify(token, f"{self.host_name}/{client.path}", keys, self.clock)
-        return client
+        trusted = [one for pem in self.authorities.values() for one in load_authorities(pem)]
+        gate = Gate(self.host_name, trusted, self._policy_key, self.clock)
+        return gate.check(identity, token, certificate)
 
     def authorize_service(self, authorization: str | None, host: str) -> None:
         """Checks the Authorization header of the service side. Raises HubError 401.
@@ -145,7 +161,9 @@ class Hub:
             self.state.twins.setdefault(known.client, Twin())
         self.state.twins.setdefault(ClientId(client.device), Twin())
         if not identity.enabled:
-            self._drop(client, "the identity was disabled")
+            for other in [i.client for i in self.state.registry.modules(client.device)] + [client]:
+                if client in (other, ClientId(other.device)):
+                    self._drop(other, f"{client} was disabled")
         self._changed()
         return identity
 
@@ -292,7 +310,6 @@ class Hub:
 
     def identity_view(self, identity: Identity) -> dict[str, Any]:
         client = identity.client
-        thumbprints = {"primaryThumbprint": None, "secondaryThumbprint": None}
         view: dict[str, Any] = {
             "deviceId": client.device,
             "generationId": identity.generation,
@@ -301,14 +318,7 @@ class Hub:
             "connectionStateUpdatedTime": self._activity.get(client, _NEVER),
             "lastActivityTime": self._activity.get(client, _NEVER),
             "cloudToDeviceMessageCount": 0,
-            "authentication": {
-                "type": "sas",
-                "symmetricKey": {
-                    "primaryKey": identity.primary_key,
-                    "secondaryKey": identity.secondary_key,
-                },
-                "x509Thumbprint": thumbprints,
-            },
+            "authentication": identity.authentication_view(),
         }
         if client.module:
             return {**view, "moduleId": client.module, "managedBy": identity.managed_by}
@@ -334,7 +344,8 @@ class Hub:
             "connectionState": "Connected" if self.connected(client) else "Disconnected",
             "lastActivityTime": self._activity.get(client, _NEVER),
             "cloudToDeviceMessageCount": 0,
-            "authenticationType": "sas",
+            "authenticationType": identity.authentication,
+            "x509Thumbprint": identity.authentication_view()["x509Thumbprint"],
             "capabilities": {"iotEdge": device.edge},
         }
         return twin.service_view(view)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 from ..mqtt.connection import Accepted, Connection, Limits, Refused
@@ -21,8 +22,10 @@ from ..mqtt.packets import (
     Subscription,
     Unsubscribe,
 )
-from ..mqtt.session import NEVER, Session
+from ..mqtt.session import NEVER, Done, Session
 from ..mqtt.topics import matches
+from .client_certificates import PresentedCertificates
+from .credentials import Login
 from .device_topics import handle_publish, may_subscribe
 from .devices import ClientId
 from .errors import HubError
@@ -38,25 +41,97 @@ LIMITS = Limits(
 )
 
 
+_PATCH_TOPIC = "$iothub/twin/PATCH/properties/desired/"
+
+
 class DeviceLink:
     """A client's connection; what `Connection.tag` holds."""
 
-    def __init__(self, client: ClientId, connection: Connection, session: Session) -> None:
-        self.client = client
+    def __init__(self, login: Login, connection: Connection, session: Session, hub: Hub) -> None:
+        self.client = login.client
         self.session = session
+        self._expiry = login.expiry
         self._connection = connection
+        self._hub = hub
+        self._loop = asyncio.get_running_loop()
+        self._held: list[Publish] = []
+        self._delayed: deque[tuple[float, Publish, Done | None]] = deque()
+        self._delay_timer: asyncio.TimerHandle | None = None
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        self.check_expiry()
 
     def subscribed(self, topic: str) -> bool:
         return self._granted(topic) is not None
 
-    def deliver(self, topic: str, payload: bytes) -> None:
+    def deliver(self, topic: str, payload: bytes, done: Done | None = None) -> None:
         qos = self._granted(topic)
         if qos is None:
+            if done is not None:
+                done(None)
             return
         # An answer is worth nothing to the next connection; a notification is repeated to it.
         if topic.startswith(("$iothub/twin/res/", "$iothub/methods/")):
             qos = 0
-        self._connection.publish(Publish(topic, payload, qos=qos))
+        publish = Publish(topic, payload, qos=qos)
+        faults = self._hub.faults
+        if not topic.startswith(_PATCH_TOPIC):
+            self._send(publish, done)
+        elif not self._held and faults.take("reorder_desired_patches"):
+            self._held.append(publish)
+        else:
+            self._send(publish)
+            if faults.take("repeat_desired_patches"):
+                self._send(publish)
+            while self._held:
+                self._send(self._held.pop())
+
+    def check_expiry(self) -> bool:
+        """Whether the login is still good; one that is not is dropped."""
+        if self._expiry is None:
+            return True
+        left = self._expiry - self._hub.clock.now().timestamp()
+        if left <= 0:
+            self.drop("the token expired")
+            return False
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        # Tokens of years are common, and so are clocks that are set meanwhile.
+        self._expiry_timer = self._loop.call_later(min(left, 86_400.0), self.check_expiry)
+        return True
+
+    def closed(self) -> None:
+        """Nothing is to happen any more."""
+        for timer in (self._expiry_timer, self._delay_timer):
+            if timer is not None:
+                timer.cancel()
+        while self._delayed:
+            _, _, done = self._delayed.popleft()
+            if done is not None:
+                done(None)
+
+    def _send(self, publish: Publish, done: Done | None = None) -> None:
+        delay = self._hub.faults.delay_seconds
+        if not delay and not self._delayed:
+            self._publish(publish, done)
+            return
+        due = self._loop.time() + delay
+        self._delayed.append(
+            (max(due, self._delayed[-1][0] if self._delayed else due), publish, done)
+        )
+        if self._delay_timer is None:
+            self._delay_timer = self._loop.call_at(due, self._send_delayed)
+
+    def _send_delayed(self) -> None:
+        self._delay_timer = None
+        while self._delayed and self._delayed[0][0] <= self._loop.time():
+            _, publish, done = self._delayed.popleft()
+            self._publish(publish, done)
+        if self._delayed:
+            self._delay_timer = self._loop.call_at(self._delayed[0][0], self._send_delayed)
+
+    def _publish(self, publish: Publish, done: Done | None) -> None:
+        if not self._connection.publish(publish, done) and done is not None:
+            done(None)
 
     def drop(self, reason: str) -> None:
         self._connection.abort(reason)
@@ -75,13 +150,20 @@ class DeviceServer:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+        self.certificates: PresentedCertificates | None = None
+        """Of the TLS context in front of this server."""
         self._sessions: dict[ClientId, Session] = {}
 
     async def on_connect(self, connection: Connection, connect: Connect) -> Accepted | Refused:
         hub = self._hub
         try:
             password = (connect.password or b"").decode("utf-8", "replace")
-            client = hub.authenticate(connect.client_id, connect.username, password)
+            certificate = self.certificates and self.certificates.of(
+                connection.peer_certificate_der
+            )
+            login = hub.authenticate(
+                connect.client_id, connect.username, password, certificate or None
+            )
         except HubError as error:
             _log.info("refused %r: %s", connect.client_id, error)
             code = (
@@ -90,20 +172,33 @@ class DeviceServer:
                 else ReasonCode.NOT_AUTHORIZED
             )
             return Refused(code, str(error))
+        client = login.client
         if hub.faults.take("refuse_connects"):
             return Refused(ReasonCode.NOT_AUTHORIZED, "refused on request")
+        if hub.faults.take("drop_before_connack"):
+            connection.abort("dropped before CONNACK on request")
+            return Refused(ReasonCode.NOT_AUTHORIZED, "dropped on request")
         while (old := hub.link(client)) is not None:
             old.drop("another connection took this client id")
             await old.wait_closed()
         forget = hub.faults.take("forget_sessions") or connect.clean_start
         session, present = self._session(client, forget=forget)
         session.expiry_interval = 0 if connect.clean_start else NEVER
-        connection.tag = link = DeviceLink(client, connection, session)
+        connection.tag = link = DeviceLink(login, connection, session, hub)
         hub.attach(client, link)
+        if hub.faults.take("drop_after_connack"):
+            asyncio.get_running_loop().call_soon(connection.close)
+        elif login.expiry is not None and hub.faults.take("expire_tokens"):
+            asyncio.get_running_loop().call_soon(link.drop, "its token expired on request")
         return Accepted(session, present)
 
     async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
         link: DeviceLink = connection.tag
+        if not link.check_expiry():
+            return None
+        if self._hub.faults.take("drop_unhandled"):
+            connection.abort("dropped before its message was handled on request")
+            return None
         try:
             handle_publish(self._hub, link.client, link, publish.topic, publish.payload)
         except HubError as error:
@@ -112,6 +207,8 @@ class DeviceServer:
             return None
         if publish.qos and self._hub.faults.take("drop_before_ack"):
             connection.abort("dropped before PUBACK on request")
+            return None
+        if publish.qos and self._hub.faults.take("lose_acks"):
             return None
         if publish.qos and self._hub.faults.take("drop_after_ack"):
             # The acknowledgement is written when this returns.
@@ -122,13 +219,18 @@ class DeviceServer:
         link: DeviceLink = connection.tag
         codes: list[int] = []
         for wanted in subscribe.subscriptions:
-            if may_subscribe(link.client, wanted.topic_filter):
+            refused = self._hub.faults.take("refuse_subscriptions")
+            if not refused and may_subscribe(link.client, wanted.topic_filter):
                 granted = Subscription(wanted.topic_filter, min(wanted.qos, LIMITS.maximum_qos))
                 link.session.subscriptions[wanted.topic_filter] = granted
                 codes.append(granted.qos)
             else:
                 codes.append(ReasonCode.UNSPECIFIED_ERROR)
         self._subscriptions_changed(link)
+        if self._hub.faults.take("drop_before_suback"):
+            connection.abort("dropped before SUBACK on request")
+        elif self._hub.faults.take("drop_after_suback"):
+            asyncio.get_running_loop().call_soon(connection.close)
         return codes
 
     async def on_unsubscribe(
@@ -144,6 +246,7 @@ class DeviceServer:
         self, connection: Connection, disconnect: Disconnect | None, reason: str
     ) -> None:
         link: DeviceLink = connection.tag
+        link.closed()
         self._hub.detach(link.client, link)
         if link.session.expiry_interval == 0:
             link.session.end()

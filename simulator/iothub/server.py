@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 import ssl
 from pathlib import Path
@@ -15,11 +16,13 @@ from ...agent.clock import Clock, SystemClock
 from ..mqtt.connection import Connection
 from ..pki import Pki
 from . import state as states
+from .client_certificates import ask_for_certificate
 from .devices import ClientId, Identity
 from .faults import Faults
 from .hub import Hub
 from .mqtt import LIMITS, DeviceServer
 from .rest import make_application
+from .rest_page import PageAccess
 from .telemetry import TelemetryStore
 
 _log = logging.getLogger(__name__)
@@ -48,12 +51,15 @@ class IotHub:
         self._file = None if state_dir is None else state_dir / "hub.json"
         state = states.HubState() if self._file is None else states.load(self._file)
         self.core = Hub(host_name, state, clock or SystemClock(), self._state_changed)
+        # Devices with certificates of the site's own authority are welcome like those of any other.
+        self.core.authorities["site"] = pki.ca_file.read_text()
         self._devices = DeviceServer(self.core)
         self._save_timer: asyncio.TimerHandle | None = None
         self._reserved: socket.socket | None = None
         self._mqtt: asyncio.Server | None = None
         self._rest: web.AppRunner | None = None
         self._rest_port = 0
+        self.page_token = secrets.token_urlsafe(24)
 
     # Where it is, and what it takes to get in.
 
@@ -77,6 +83,26 @@ class IotHub:
     @property
     def rest_url(self) -> str:
         return f"https://localhost:{self.rest_port}"
+
+    @property
+    def page_url(self) -> str:
+        """The hub's page for people; the fragment lets them in and never leaves the browser."""
+        return f"{self.rest_url}/#token={self.page_token}"
+
+    @property
+    def paused(self) -> bool:
+        return self._mqtt is None
+
+    def page_access(self, prefix: str = "") -> PageAccess:
+        """For applications that serve the page, mounted under `prefix`."""
+        return PageAccess(
+            self.page_token,
+            lambda: self.paused,
+            self.pause,
+            self.resume,
+            self.drop_connections,
+            prefix,
+        )
 
     def identity(self, device: str, module: str | None = None) -> Identity:
         """The identity, created with fresh keys (its device too) where it is missing."""
@@ -125,7 +151,7 @@ class IotHub:
 
     async def _start_rest(self) -> None:
         self._rest = web.AppRunner(
-            make_application(self.core), access_log=None, shutdown_timeout=_CLOSE_SECONDS
+            make_application(self.core, self.page_access()), access_log=None, shutdown_timeout=_CLOSE_SECONDS
         )
         await self._rest.setup()
         site = web.TCPSite(self._rest, _LOOPBACK, 0, ssl_context=self._tls())
@@ -165,13 +191,18 @@ class IotHub:
             lambda: Connection(self._devices, LIMITS),
             _LOOPBACK,
             self.mqtt_port,
-            ssl=self._tls(),
+            ssl=self._device_tls(),
             reuse_port=True,
         )
 
     def drop_connections(self) -> None:
         """Cuts every device's connection; the hub goes on."""
         self.core.drop_connections()
+
+    def _device_tls(self) -> ssl.SSLContext:
+        context = self._tls()
+        self._devices.certificates = ask_for_certificate(context)
+        return context
 
     def _tls(self) -> ssl.SSLContext:
         return self._pki.server_context([self.host_name, "localhost", _LOOPBACK])
