@@ -85,15 +85,25 @@ class StateStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Transactions are explicit (isolation_level None); the lock serialises the threads.
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from error
+        try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
             self._migrate()
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(
-                f"cannot open the state database {path}: {error}; check the folder's permissions "
-                "and free space, or move the file away to start without history"
-            ) from error
+        except sqlite3.Error as error:
+            self._db.close()
+            raise self._unusable(error) from error
+        except StoreError:
+            self._db.close()
+            raise
+
+    def _unusable(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"cannot open the state database {self._path}: {error}; check the folder's "
+            "permissions and free space, or move the file away to start without history"
+        )
 
     def close(self) -> None:
         with self._lock:
