@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import HubError, invalid
+from .etags import accepts
 
 _ID = re.compile(r"[A-Za-z0-9\-.%_*?!(),:=@$']{1,128}\Z", re.ASCII)
 
@@ -175,7 +176,7 @@ class Registry:
 
     @staticmethod
     def _check_match(identity: Identity, if_match: str | None) -> None:
-        if if_match not in (None, "*") and identity.etag not in str(if_match):
+        if not accepts(if_match, identity.etag):
             raise HubError(412, "PreconditionFailed", f"{identity.client} has changed: read again")
 
 

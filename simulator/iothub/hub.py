@@ -12,6 +12,7 @@ from ...agent.clock import Clock
 from ...agent.twin.merge_patch import make_patch
 from . import sas
 from .client_certificates import ClientCertificate, load_authorities
+from .configurations_rollout import Rollout
 from .credentials import Gate, Login
 from .deployment import desired_sections, module_ids
 from .devices import ClientId, Identity
@@ -61,6 +62,7 @@ class Hub:
         self.throttle = Throttle(RateLimits(), self.clock)
         self.authorities: dict[str, str] = {}
         self.telemetry = TelemetryStore()
+        self.rollout = Rollout(self, state)
         self._changed = changed
         self._links: dict[ClientId, Link] = {}
         self._activity: dict[ClientId, str] = {}
@@ -165,6 +167,7 @@ class Hub:
                 if client in (other, ClientId(other.device)):
                     self._drop(other, f"{client} was disabled")
         self._changed()
+        self.rollout.evaluate(client.device)
         return identity
 
     def delete_identity(self, client: ClientId, if_match: str | None = None) -> None:
@@ -172,6 +175,7 @@ class Hub:
         for gone in self.state.registry.delete(client, if_match):
             self.state.twins.pop(gone, None)
             self.state.subscriptions.pop(gone, None)
+            self.rollout.forget(gone)
             self._drop(gone, "the identity was deleted")
         self._changed()
 
@@ -196,22 +200,34 @@ class Hub:
         new = old.updated(change, self.now(), whole=whole)
         patch = (change.get("properties") or {}).get("desired")
         self._set_desired(client, old, new, None if whole else patch)
-        return new
+        if not client.module:
+            self.rollout.evaluate(client.device)
+        return self.twin(client)
 
     def patch_reported(self, client: ClientId, patch: Any) -> Twin:
         """A device's PATCH. Raises HubError 400 or 413."""
         twin = self.twin(client).reported_patched(patch, self.now())
         self.state.twins[client] = twin
         self._changed()
+        if not client.module:
+            self.rollout.evaluate(client.device)
         return twin
 
     def apply_configuration(self, device: str, content: Mapping[str, Any]) -> None:
         """Gives each module named its desired section, creating identities as needed.
 
-        All or nothing. Raises HubError 400, 404 or 413.
+        All or nothing; on a device that an automatic deployment targets, that one comes back.
+        Raises HubError 400, 404 or 413.
         """
         self.state.registry.get(ClientId(device))
-        sections = desired_sections(content)
+        self.set_sections(device, desired_sections(content))
+        self.rollout.evaluate(device)
+
+    def set_sections(self, device: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
+        """Module ids ("" for the device itself) to whole desired sections; all or nothing.
+
+        Raises HubError 400 or 413.
+        """
         needed = [ClientId.parse(f"{device}/{module}") for module in module_ids(sections)]
         before, after = {}, {}
         for module, section in sections.items():
@@ -347,8 +363,13 @@ class Hub:
             "authenticationType": identity.authentication,
             "x509Thumbprint": identity.authentication_view()["x509Thumbprint"],
             "capabilities": {"iotEdge": device.edge},
+            "configurations": self.rollout.status(client),
         }
         return twin.service_view(view)
+
+    def state_changed(self) -> None:
+        """For changes of the state that are made elsewhere."""
+        self._changed()
 
     def now(self) -> str:
         return self.clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
+from . import rest_fleet, rest_page
 from .devices import ClientId
 from .errors import HubError, invalid
-from .hub import Hub, parse_json
+from .hub import Hub
+from .rest_page import PageAccess
+from .rest_requests import client_of, object_body, seconds_of
 
 _BODY_LIMIT = 1024 * 1024
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_application(hub: Hub) -> web.Application:
-    """An aiohttp application; every route needs the SAS of a shared access policy."""
+def make_application(hub: Hub, page: PageAccess | None = None) -> web.Application:
+    """An aiohttp application; every route needs the SAS of a shared access policy.
+
+    With `page` it also serves the hub's web page, whose token is as good as a policy.
+    """
     routes = _Routes(hub)
     application = web.Application(
-        middlewares=[_errors_and_access(hub)], client_max_size=_BODY_LIMIT
+        middlewares=[_errors_and_access(hub, page)], client_max_size=_BODY_LIMIT
     )
     add = application.router
     for base in ("/devices/{device}", "/devices/{device}/modules/{module}"):
         add.add_put(base, routes.put_identity)
         add.add_get(base, routes.get_identity)
         add.add_delete(base, routes.delete_identity)
-    add.add_get("/devices", routes.list_devices)
     add.add_get("/devices/{device}/modules", routes.list_modules)
     add.add_post("/devices/{device}/applyConfigurationContent", routes.apply_configuration)
     for base in ("/twins/{device}", "/twins/{device}/modules/{module}"):
@@ -35,6 +41,9 @@ def make_application(hub: Hub) -> web.Application:
         add.add_put(base, routes.put_twin)
         add.add_post(base + "/methods", routes.invoke_method)
     add.add_get("/telemetry", routes.query_telemetry)
+    rest_fleet.add_routes(application, hub)
+    if page is not None:
+        rest_page.add_routes(application, hub, page)
     return application
 
 
@@ -44,31 +53,27 @@ class _Routes:
 
     async def put_identity(self, request: web.Request) -> web.Response:
         if_match = request.headers.get("If-Match")
-        identity = self._hub.put_identity(_client(request), await _object(request), if_match)
+        identity = self._hub.put_identity(client_of(request), await object_body(request), if_match)
         return web.json_response(self._hub.identity_view(identity))
 
     async def get_identity(self, request: web.Request) -> web.Response:
-        identity = self._hub.state.registry.get(_client(request))
+        identity = self._hub.state.registry.get(client_of(request))
         return web.json_response(self._hub.identity_view(identity))
 
     async def delete_identity(self, request: web.Request) -> web.Response:
-        self._hub.delete_identity(_client(request), request.headers.get("If-Match"))
+        self._hub.delete_identity(client_of(request), request.headers.get("If-Match"))
         return web.Response(status=204)
-
-    async def list_devices(self, request: web.Request) -> web.Response:
-        devices = [i for i in self._hub.state.registry if not i.client.module]
-        return web.json_response([self._hub.identity_view(i) for i in devices])
 
     async def list_modules(self, request: web.Request) -> web.Response:
         modules = self._hub.state.registry.modules(request.match_info["device"])
         return web.json_response([self._hub.identity_view(i) for i in modules])
 
     async def apply_configuration(self, request: web.Request) -> web.Response:
-        self._hub.apply_configuration(request.match_info["device"], await _object(request))
+        self._hub.apply_configuration(request.match_info["device"], await object_body(request))
         return web.Response(status=204)
 
     async def get_twin(self, request: web.Request) -> web.Response:
-        return self._twin(_client(request))
+        return self._twin(client_of(request))
 
     async def patch_twin(self, request: web.Request) -> web.Response:
         return await self._update_twin(request, whole=False)
@@ -77,9 +82,9 @@ class _Routes:
         return await self._update_twin(request, whole=True)
 
     async def _update_twin(self, request: web.Request, *, whole: bool) -> web.Response:
-        client = _client(request)
+        client = client_of(request)
         if_match = request.headers.get("If-Match")
-        self._hub.update_twin(client, await _object(request), whole=whole, if_match=if_match)
+        self._hub.update_twin(client, await object_body(request), whole=whole, if_match=if_match)
         return self._twin(client)
 
     def _twin(self, client: ClientId) -> web.Response:
@@ -87,16 +92,16 @@ class _Routes:
         return web.json_response(self._hub.twin_view(client), headers={"ETag": etag})
 
     async def invoke_method(self, request: web.Request) -> web.Response:
-        call = await _object(request)
+        call = await object_body(request)
         name = call.get("methodName")
         if not isinstance(name, str) or not name:
             raise invalid("methodName is missing")
         status, payload = await self._hub.invoke_method(
-            _client(request),
+            client_of(request),
             name,
             call.get("payload"),
-            response_timeout=_seconds(call, "responseTimeoutInSeconds", 5, 300, 30),
-            connect_timeout=_seconds(call, "connectTimeoutInSeconds", 0, 300, 0),
+            response_timeout=seconds_of(call, "responseTimeoutInSeconds", 5, 300, 30),
+            connect_timeout=seconds_of(call, "connectTimeoutInSeconds", 0, 300, 0),
         )
         return web.json_response({"status": status, "payload": payload})
 
@@ -113,11 +118,13 @@ class _Routes:
         return web.json_response([message.as_json() for message in found])
 
 
-def _errors_and_access(hub: Hub) -> Any:
+def _errors_and_access(hub: Hub, page: PageAccess | None) -> Any:
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
         try:
-            hub.authorize_service(request.headers.get("Authorization"), request.host)
+            authorization = request.headers.get("Authorization", "")
+            if not (page is not None and _of_the_page(request, authorization, page)):
+                hub.authorize_service(authorization, request.host)
             return await handler(request)
         except HubError as error:
             return web.json_response(
@@ -129,22 +136,10 @@ def _errors_and_access(hub: Hub) -> Any:
     return middleware
 
 
-def _client(request: web.Request) -> ClientId:
-    device, module = request.match_info["device"], request.match_info.get("module")
-    return ClientId.parse(device if module is None else f"{device}/{module}")
-
-
-async def _object(request: web.Request) -> dict[str, Any]:
-    body = parse_json(await request.read())
-    if not isinstance(body, dict):
-        raise invalid("the body must be a JSON object")
-    return body
-
-
-def _seconds(call: dict[str, Any], name: str, least: float, most: float, default: float) -> float:
-    value = call.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise invalid(f"{name} is a number of seconds from {least:g} to {most:g}")
-    return float(value)
+def _of_the_page(request: web.Request, authorization: str, page: PageAccess) -> bool:
+    """The page's own files are for everybody; what they then ask for needs the page's token."""
+    resource = request.match_info.route.resource
+    if resource is not None and resource.canonical.removeprefix(page.prefix) in rest_page.FILES:
+        return request.method in ("GET", "HEAD")
+    kind, _, token = authorization.partition(" ")
+    return kind == "Bearer" and hmac.compare_digest(token.encode(), page.token.encode())

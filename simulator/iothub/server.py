@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 import ssl
 from pathlib import Path
@@ -21,6 +22,8 @@ from .faults import Faults
 from .hub import Hub
 from .mqtt import LIMITS, DeviceServer
 from .rest import make_application
+from .rest_page import PageAccess
+from .rest_requests import end_connections
 from .telemetry import TelemetryStore
 
 _log = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class IotHub:
         self._mqtt: asyncio.Server | None = None
         self._rest: web.AppRunner | None = None
         self._rest_port = 0
+        self.page_token = secrets.token_urlsafe(24)
 
     # Where it is, and what it takes to get in.
 
@@ -80,6 +84,26 @@ class IotHub:
     @property
     def rest_url(self) -> str:
         return f"https://localhost:{self.rest_port}"
+
+    @property
+    def page_url(self) -> str:
+        """The hub's page for people; the fragment lets them in and never leaves the browser."""
+        return f"{self.rest_url}/#token={self.page_token}"
+
+    @property
+    def paused(self) -> bool:
+        return self._mqtt is None
+
+    def page_access(self, prefix: str = "") -> PageAccess:
+        """For applications that serve the page, mounted under `prefix`."""
+        return PageAccess(
+            self.page_token,
+            lambda: self.paused,
+            self.pause,
+            self.resume,
+            self.drop_connections,
+            prefix,
+        )
 
     def identity(self, device: str, module: str | None = None) -> Identity:
         """The identity, created with fresh keys (its device too) where it is missing."""
@@ -128,7 +152,9 @@ class IotHub:
 
     async def _start_rest(self) -> None:
         self._rest = web.AppRunner(
-            make_application(self.core), access_log=None, shutdown_timeout=_CLOSE_SECONDS
+            make_application(self.core, self.page_access()),
+            access_log=None,
+            shutdown_timeout=_CLOSE_SECONDS,
         )
         await self._rest.setup()
         site = web.TCPSite(self._rest, _LOOPBACK, 0, ssl_context=self._tls())
@@ -138,7 +164,7 @@ class IotHub:
     async def stop(self) -> None:
         await self.pause()
         if self._rest is not None:
-            await self._rest.cleanup()
+            await end_connections(self._rest)
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None

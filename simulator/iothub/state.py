@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .configurations import Configuration
 from .devices import ClientId, Identity, Registry
 from .twins import Twin
 
@@ -25,13 +26,17 @@ class StateUnreadable(Exception):
 class HubState:
     """`subscriptions` maps topic filters to their granted QoS, per client of a persistent session.
 
-    `policies` maps shared access policy names to base64 keys.
+    `policies` maps shared access policy names to base64 keys. `assignments` says which
+    configurations a twin shows, `deployed` which modules of a device have content from them.
     """
 
     registry: Registry = field(default_factory=Registry)
     twins: dict[ClientId, Twin] = field(default_factory=dict)
     subscriptions: dict[ClientId, dict[str, int]] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=lambda: {"iothubowner": _new_key()})
+    configurations: dict[str, Configuration] = field(default_factory=dict)
+    assignments: dict[ClientId, dict[str, str]] = field(default_factory=dict)
+    deployed: dict[str, list[str]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -40,6 +45,9 @@ class HubState:
             "twins": {str(client): twin.as_json() for client, twin in self.twins.items()},
             "subscriptions": {str(c): filters for c, filters in self.subscriptions.items()},
             "policies": self.policies,
+            "configurations": [one.as_json() for one in self.configurations.values()],
+            "assignments": {str(client): status for client, status in self.assignments.items()},
+            "deployed": self.deployed,
         }
 
     @classmethod
@@ -52,6 +60,11 @@ class HubState:
             {parse(client): Twin.from_json(twin) for client, twin in data["twins"].items()},
             {parse(client): dict(filters) for client, filters in data["subscriptions"].items()},
             dict(data["policies"]),
+            configurations={
+                item["id"]: Configuration(**item) for item in data.get("configurations", ())
+            },
+            assignments={parse(c): dict(s) for c, s in data.get("assignments", {}).items()},
+            deployed=dict(data.get("deployed", {})),
         )
 
 

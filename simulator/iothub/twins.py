@@ -15,6 +15,7 @@ from typing import Any
 
 from ...agent.twin.merge_patch import apply_patch, without_nulls
 from .errors import HubError, invalid
+from .etags import accepts
 
 TAGS_LIMIT = 8 * 1024
 PROPERTIES_LIMIT = 32 * 1024
@@ -97,10 +98,7 @@ class Twin:
 
     def check_match(self, if_match: str | None) -> None:
         """Raises HubError 412 unless the If-Match header is absent, `*` or this version's ETag."""
-        if if_match is None or if_match.strip() == "*":
-            return
-        wanted = {part.strip().removeprefix("W/").strip('"') for part in if_match.split(",")}
-        if self.etag not in wanted:
+        if not accepts(if_match, self.etag):
             raise HubError(
                 412,
                 "PreconditionFailed",
