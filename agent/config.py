@@ -28,11 +28,69 @@ class DeviceConfig(_Section, frozen=True):
     board: str = "auto"
 
 
+class IotHubSasConfig(_Section, frozen=True):
+    """An identity whose key is a file, or out of reach behind exactly one of the `sign-` hooks."""
+
+    host_name: str
+    device_id: str
+    module_id: str = ""
+    gateway_host_name: str = ""
+    key_file: Path | None = None
+    sign_command: tuple[str, ...] = ()
+    sign_socket: Path | None = None
+    sign_function: str = ""
+
+
+class IotHubX509Config(_Section, frozen=True):
+    """An identity proven by a client certificate (PEM files, the leaf first)."""
+
+    host_name: str
+    device_id: str
+    cert_file: Path
+    key_file: Path
+    passphrase_file: Path | None = None
+    module_id: str = ""
+    gateway_host_name: str = ""
+
+
+class IotHubDpsConfig(_Section, frozen=True):
+    """A registration with the provisioning service: one kind of key, or a certificate."""
+
+    id_scope: str
+    registration_id: str
+    host: str = ""
+    symmetric_key: str = ""
+    symmetric_key_file: Path | None = None
+    group_key_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    passphrase_file: Path | None = None
+
+
+class IotHubServiceConfig(_Section, frozen=True):
+    """A module of IoT Edge's identity service on this host."""
+
+    module_id: str = ""
+    identity_socket: Path | None = None
+    key_socket: Path | None = None
+
+
 class IotHubConfig(_Section, frozen=True):
-    """IoT Hub identity. With a ModuleId in the connection string the twin is that module's."""
+    """IoT Hub identity, from exactly one source; `agent.identity.configured` checks that.
+
+    The twin is a module's where the source is a module's, or with `module-id`, which is looked up
+    or created with the proof of the device that the source names.
+    """
 
     connection_string: str = ""
     connection_string_file: Path | None = None
+    sas: IotHubSasConfig | None = None
+    x509: IotHubX509Config | None = None
+    dps: IotHubDpsConfig | None = None
+    edge_environment: bool = False
+    identity_service: IotHubServiceConfig | None = None
+    module_id: str = ""
+    token_lifetime_seconds: int = 24 * 3600
     ca_file: Path | None = None
     proxy: str = ""
     websockets: bool = False

@@ -294,23 +294,22 @@ def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
     """The transports that the configuration asks for. Raises ConfigError."""
     links: list[TwinTransport] = []
     if config.iothub is not None:
+        from .identity.configured import identity_source
         from .twin.iothub import IotHubSettings, IotHubTransport
 
         hub = config.iothub
-        links.append(
-            IotHubTransport(
-                IotHubSettings(
-                    read_secret(
-                        hub.connection_string,
-                        hub.connection_string_file,
-                        "iothub.connection-string-file",
-                    ),
-                    ca_file=hub.ca_file,
-                    proxy=hub.proxy or None,
-                    websockets=hub.websockets,
-                )
+        try:
+            settings = IotHubSettings(
+                identity_source(hub, os.environ),
+                ca_file=hub.ca_file,
+                proxy=hub.proxy or None,
+                websockets=hub.websockets,
+                state_dir=config.device.state_dir,
+                token_lifetime=hub.token_lifetime_seconds,
             )
-        )
+        except ValueError as error:
+            raise ConfigError(f"[iothub]: {error}") from error
+        links.append(IotHubTransport(settings))
     if config.mqtt is not None:
         from .twin.mqtt import MqttSettings, MqttTransport
 

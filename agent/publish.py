@@ -12,7 +12,13 @@ from typing import Any
 from .reconcile import Verdict
 from .twin.backoff import full_jitter
 from .twin.merge_patch import make_patch
-from .twin.transport import Desired, MethodResult, TransportUnavailable, TwinTransport
+from .twin.transport import (
+    Desired,
+    MethodResult,
+    TransportUnavailable,
+    TwinTransport,
+    WarningTransport,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +33,12 @@ Submit = Callable[[str, int, bytes], Verdict]
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
-    """Whether a transport is connected; `reason` says why not."""
+    """Whether a transport is connected; `reason` says why not, `warnings` what may end it soon."""
 
     source: str
     connected: bool
     reason: str
+    warnings: tuple[str, ...] = ()
 
 
 class _Link:
@@ -70,7 +77,8 @@ class Publisher:
 
     def links(self) -> tuple[LinkState, ...]:
         return tuple(
-            LinkState(name, link.connected, link.reason) for name, link in self._links.items()
+            LinkState(name, link.connected, link.reason, _warnings(link.transport))
+            for name, link in self._links.items()
         )
 
     def sources(self) -> tuple[str, ...]:
@@ -167,3 +175,7 @@ class Publisher:
             known = ", ".join(sorted(self._methods))
             return MethodResult(400, {"message": f"unknown method {name!r}; known: {known}"})
         return await method(payload)
+
+
+def _warnings(transport: TwinTransport) -> tuple[str, ...]:
+    return transport.warnings() if isinstance(transport, WarningTransport) else ()

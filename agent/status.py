@@ -54,7 +54,12 @@ def status_document(
             for route in (snapshot.observed.routes if snapshot.observed else ())
         },
         "links": [
-            {"source": link.source, "connected": link.connected, "reason": link.reason}
+            {
+                "source": link.source,
+                "connected": link.connected,
+                "reason": link.reason,
+                "warnings": list(link.warnings),
+            }
             for link in links
         ],
         "refused": [

@@ -45,6 +45,8 @@ def _status(arguments: argparse.Namespace) -> int:
     for link in status["links"]:
         state = "connected" if link["connected"] else f"not connected: {link['reason']}"
         print(f"{link['source']:11} {state}")
+        for warning in link["warnings"]:
+            print(f"{'':11} warning: {warning}")
     telemetry = status["telemetry"]
     if telemetry is not None:
         print(f"telemetry   {_telemetry(telemetry)}")

@@ -4,17 +4,23 @@ Each connection starts the same way: subscribe, read the whole twin, hand it ove
 patches are applied in the order of their versions, and anything odd leads to another read. Whatever
 takes too long ends the connection; the next one comes after a jittered, growing pause, which only a
 connection that held for a while resets (two clients with one identity disconnect each other).
+
+A connection is replaced without a gap when its token or certificate is: the next one is opened
+while it still serves, and takes over only once the hub has accepted it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from random import Random
 from typing import Any, NoReturn
 
+from ..clock import Clock, SystemClock
+from ..identity.resolver import IdentityResolver
 from .backoff import full_jitter
 from .document import DesiredDocument, deployment_body
 from .iothub_client import CallFailed, ConnectionEnded, HubConnection, IotHubSettings
@@ -29,6 +35,7 @@ _METHODS_AT_ONCE = 16
 _METHODS_REMEMBERED = 64
 _SHORT_LIVES = 3
 _UNCLOSED = 3
+_LONGEST_WAIT = 3600.0
 
 # Properties that are the message's own, under the names IoT Hub's topics have for them.
 _SYSTEM = {
@@ -45,19 +52,44 @@ class IotHubTransport:
     documents go under the root of the reported section either way.
     """
 
-    def __init__(self, settings: IotHubSettings, random: Random | None = None) -> None:
+    def __init__(
+        self,
+        settings: IotHubSettings,
+        random: Random | None = None,
+        clock: Clock | None = None,
+        pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    ) -> None:
+        """`pause` waits (seconds) between connections."""
         self._settings = settings
         self._random = random or Random()
-        self._module = bool(settings.identity.get("ModuleId"))
+        self._clock = clock or SystemClock()
+        self._pause = pause
+        self._resolver = IdentityResolver(
+            settings.identity, settings.network, state_dir=settings.state_dir, clock=self._clock
+        )
         self._link: _Link | None = None
         self._unclosed: list[HubConnection] = []
+        self._retiring: set[asyncio.Future[None]] = set()
+        self._renewal_trouble = ""
 
     @property
     def name(self) -> str:
         return "iothub"
 
+    def warnings(self) -> tuple[str, ...]:
+        """What people should know while all still works: expiring and refused certificates."""
+        found = (self._resolver.warning(), self._renewal_trouble)
+        return tuple(text for text in found if text)
+
     async def run(self, sink: TwinSink) -> None:
         """Serve until cancelled."""
+        try:
+            await self._run(sink)
+        finally:
+            if self._retiring:
+                await asyncio.wait(self._retiring)
+
+    async def _run(self, sink: TwinSink) -> None:
         attempt = short_lives = 0
         while True:
             lived, reason = await self._connect_once(sink)
@@ -71,7 +103,7 @@ class IotHubTransport:
                     "is another client using this identity?)"
                 )
             await sink.disconnected(self.name, reason)
-            await asyncio.sleep(
+            await self._pause(
                 full_jitter(
                     attempt, self._settings.retry_base, self._settings.retry_cap, self._random
                 )
@@ -112,33 +144,111 @@ class IotHubTransport:
         if len(self._unclosed) >= _UNCLOSED:
             # They share two threads of this process, so one more would wait behind them.
             return 0.0, "the IoT Hub SDK does not close its connections: restart the agent"
-        link = _Link(self._settings, sink, module=self._module, random=self._random)
-        since = time.monotonic()
+        since: float | None = None
+        link: _Link | None = None
         try:
-            await link.open()
+            link = await self._open(sink)
             since = time.monotonic()
-            self._link = link
-            await link.serve()
+            while True:
+                self._link = link
+                replaced, link = link, await self._serve(link)
+                self._retire(replaced)
         except TransportUnavailable as error:
-            served = time.monotonic() - since if self._link is link else 0.0
-            return served, str(error)
+            return 0.0 if since is None else time.monotonic() - since, str(error)
         finally:
             self._link = None
-            if not await link.close():
-                _log.warning("the IoT Hub client takes long to shut down; going on without it")
-                self._unclosed.append(link.connection)
+            if link is not None:
+                await self._close(link)
+
+    async def _open(self, sink: TwinSink) -> _Link:
+        """Raises TransportUnavailable."""
+        link = _Link(self._settings, sink, self._resolver, clock=self._clock, random=self._random)
+        try:
+            await link.open()
+        except BaseException:
+            await self._close(link)
+            raise
+        return link
+
+    async def _serve(self, link: _Link) -> _Link:
+        """Until another connection has taken over, which is returned.
+
+        Raises TransportUnavailable when the connection ends before.
+        """
+        serving = asyncio.ensure_future(link.serve())
+        attempt = 0
+        try:
+            while True:
+                due = asyncio.ensure_future(self._renewal_due(link.connection))
+                try:
+                    await asyncio.wait({serving, due}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    due.cancel()
+                if serving.done():
+                    serving.result()
+                # The hub drops the old connection when it accepts the new one, not before: while
+                # the new one is refused, the old one goes on.
+                stamp = self._resolver.stamp()
+                try:
+                    successor = await self._open(link.sink)
+                except TransportUnavailable as error:
+                    self._renewal_failed(str(error))
+                    link.connection.stamp = stamp
+                    pause = full_jitter(
+                        attempt, self._settings.retry_base, self._settings.retry_cap, self._random
+                    )
+                    link.connection.renew_at = time.monotonic() + pause
+                    attempt += 1
+                else:
+                    self._renewal_trouble = ""
+                    _log.info("the connection to the IoT Hub was renewed")
+                    return successor
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    async def _renewal_due(self, connection: HubConnection) -> None:
+        """Returns when the token is old, or the files of the identity have changed."""
+        while connection.stamp == self._resolver.stamp():
+            left = connection.renew_at - time.monotonic()
+            if left <= 0:
+                return
+            # Without files there is nothing to look at before that time.
+            watch = self._settings.watch_interval if connection.stamp else math.inf
+            await asyncio.sleep(min(left, watch, _LONGEST_WAIT))
+
+    def _renewal_failed(self, reason: str) -> None:
+        text = f"the connection could not be renewed and stays on its old credentials: {reason}"
+        if text != self._renewal_trouble:
+            _log.warning("%s", text)
+        self._renewal_trouble = text
+
+    def _retire(self, link: _Link) -> None:
+        closing = asyncio.ensure_future(self._close(link))
+        self._retiring.add(closing)
+        closing.add_done_callback(self._retiring.discard)
+
+    async def _close(self, link: _Link) -> None:
+        if not await link.close():
+            _log.warning("the IoT Hub client takes long to shut down; going on without it")
+            self._unclosed.append(link.connection)
 
 
 class _Link:
     """What one connection knows: the desired document, and the methods that are running."""
 
     def __init__(
-        self, settings: IotHubSettings, sink: TwinSink, *, module: bool, random: Random
+        self,
+        settings: IotHubSettings,
+        sink: TwinSink,
+        resolver: IdentityResolver,
+        *,
+        clock: Clock,
+        random: Random,
     ) -> None:
-        self.connection = HubConnection(settings, self._patched, self._called)
+        self.connection = HubConnection(settings, resolver, clock, self._patched, self._called)
+        self.sink = sink
         self._settings = settings
-        self._sink = sink
-        self._module = module
         self._random = random
         self._document = DesiredDocument()
         self._reported: Mapping[str, Any] = {}
@@ -153,7 +263,7 @@ class _Link:
 
     async def serve(self) -> NoReturn:
         """Until the connection ends. Raises TransportUnavailable."""
-        await self._sink.connected("iothub", self._reported)
+        await self.sink.connected("iothub", self._reported)
         delivered = -1
         while True:
             if self._document.stale:
@@ -211,9 +321,9 @@ class _Link:
 
     async def _deliver(self) -> None:
         document = self._document
-        body = deployment_body(document.properties or {}, module=self._module)
+        body = deployment_body(document.properties or {}, module=self.connection.module)
         if body is not None:
-            await self._sink.desired(Desired("iothub", document.version, body))
+            await self.sink.desired(Desired("iothub", document.version, body))
 
     def _patched(self, patch: Mapping[str, Any]) -> None:
         self._document = self._document.with_patch(patch)
@@ -235,7 +345,7 @@ class _Link:
 
     async def _method(self, name: str, payload: Any) -> MethodResult:
         try:
-            return await self._sink.method("iothub", name, payload)
+            return await self.sink.method("iothub", name, payload)
         except Exception as error:  # noqa: BLE001 - the caller gets the answer, the log the defect
             _log.error("method %s failed", name, exc_info=error)
             return MethodResult(500, {"message": f"{name} failed: {error!r}"})

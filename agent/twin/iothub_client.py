@@ -9,30 +9,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ..clock import Clock
+from ..identity.certificates import Stamp, passphrase
+from ..identity.login import Login
+from ..identity.provisioning import Network
+from ..identity.resolver import IdentityResolver
+from ..identity.signing import shared_access_signature
+from ..identity.sources import IdentityError, IdentitySource, parse_connection_string
 from .transport import MethodResult, TransportUnavailable
 
 _log = logging.getLogger(__name__)
 _SHUTDOWN_TRIES = 3
+_RENEWAL_MARGIN = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class IotHubSettings:
     """How to reach the hub. Times in seconds.
 
-    `connection_string` is a device's or a module's; `ca_file` (PEM) replaces the system's trusted
-    certificates; `proxy` is "host:port" of an HTTP CONNECT proxy. Renewing a token costs a new
-    connection, so tokens last a day (`token_lifetime`, renewed 120 s before their end).
+    `source` says who we are; text is the connection string of a device or a module. `ca_file` (PEM)
+    replaces the system's trusted certificates; `proxy` is "host:port" of an HTTP CONNECT proxy.
+    Renewing a token costs a new connection, so tokens last a day (`token_lifetime`, renewed 120 s
+    before their end). The files of an identity are looked at every `watch_interval`; `state_dir`
+    keeps what a provisioning service answered.
     """
 
-    connection_string: str = field(repr=False)
+    source: IdentitySource | str = field(repr=False)
     ca_file: Path | None = None
     proxy: str | None = None
     websockets: bool = False
+    state_dir: Path | None = None
     token_lifetime: int = 24 * 3600
     retry_base: float = 1.0
     retry_cap: float = 60.0
@@ -41,27 +55,32 @@ class IotHubSettings:
     close_timeout: float = 10.0
     resync_interval: float = 900.0
     stable_after: float = 30.0
+    watch_interval: float = 5.0
 
     def __post_init__(self) -> None:
         """Raises ValueError, without the key in its text."""
-        parts = self.identity
-        missing = [n for n in ("HostName", "DeviceId", "SharedAccessKey") if not parts.get(n)]
-        if missing:
-            raise ValueError(f"the IoT Hub connection string lacks {', '.join(missing)}")
+        if isinstance(self.source, str):
+            parse_connection_string(self.source)
         if self.proxy is not None:
             host, _, port = self.proxy.rpartition(":")
             if not host or not port.isdigit():
                 raise ValueError(f"the proxy {self.proxy!r} is not host:port")
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """The parts of the connection string by name."""
-        pairs = (part.partition("=") for part in self.connection_string.strip().split(";"))
-        return {name.strip(): value.strip() for name, _, value in pairs if name}
+    def identity(self) -> IdentitySource:
+        return parse_connection_string(self.source) if isinstance(self.source, str) else self.source
+
+    @property
+    def network(self) -> Network:
+        return Network(self.ca_file, self.proxy, self.websockets, self.connect_timeout)
 
 
 class CallFailed(TransportUnavailable):
     """The SDK or the hub refused a call; the connection may still be good."""
+
+
+class Refused(CallFailed):
+    """The hub did not take the credentials."""
 
 
 class ConnectionEnded(TransportUnavailable):
@@ -78,8 +97,17 @@ class HubConnection:
     `on_patch` gets desired patches; `on_method` request id, name and payload.
     """
 
-    def __init__(self, settings: IotHubSettings, on_patch: OnPatch, on_method: OnMethod) -> None:
+    def __init__(
+        self,
+        settings: IotHubSettings,
+        resolver: IdentityResolver,
+        clock: Clock,
+        on_patch: OnPatch,
+        on_method: OnMethod,
+    ) -> None:
         self._settings = settings
+        self._resolver = resolver
+        self._clock = clock
         self._on_patch = on_patch
         self._on_method = on_method
         self._loop = asyncio.get_running_loop()
@@ -88,15 +116,35 @@ class HubConnection:
         self._shut_down = False
         self._calls: set[asyncio.Future[Any]] = set()
         self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.module = False
+        """Whether the identity is a module's; known once open."""
+        self.stamp: Stamp = ()
+        """Of the identity's files that this connection was opened with."""
+        self.renew_at = math.inf
+        """When a newer token is due (time.monotonic)."""
 
     async def open(self) -> None:
-        """Connect, then subscribe. Raises ConnectionEnded or CallFailed."""
-        timeout = self._settings.connect_timeout
-        self._client = await self._call(asyncio.to_thread(_make_client, self._settings), timeout)
+        """Connect, then subscribe. Raises ConnectionEnded, CallFailed or Refused."""
+        settings = self._settings
+        timeout = settings.connect_timeout
+        # Before the files are read: a change meanwhile is then seen as one.
+        self.stamp = self._resolver.stamp()
+        # Provisioning has its own time limit, of the same length.
+        login: Login = await self._call(self._resolver.login(), 2 * timeout)
+        self.module = bool(login.module)
+        self._client = await self._call(asyncio.to_thread(self._make_client, login), timeout)
         client = self._client
         # The setters subscribe and block until the hub has answered.
         await self._set("on_connection_state_change", self._state_handler())
-        await self._call(client.connect(), timeout)
+        try:
+            await self._call(client.connect(), timeout)
+        except Refused:
+            self._resolver.refused()
+            raise
+        except TransportUnavailable:
+            self._resolver.unreachable()
+            raise
+        self._resolver.connected()
         await self._set("on_twin_desired_properties_patch_received", self._patch_handler())
         await self._set("on_method_request_received", self._method_handler())
 
@@ -176,13 +224,42 @@ class HubConnection:
             raise ConnectionEnded(self.lost.result())
         error = call.exception()
         if error is not None:
-            raise CallFailed(describe(error)) from error
+            kind = Refused if type(error).__name__ == "CredentialError" else CallFailed
+            raise kind(describe(error)) from error
         return call.result()
 
     def _forget(self, call: asyncio.Future[Any]) -> None:
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()  # seen, also when nobody waits for it any more
+
+    def _make_client(self, login: Login) -> Any:
+        """Blocks: reads files, asks for a signature.
+
+        Raises IdentityError, OSError or ValueError.
+        """
+        from azure.iot.device import X509
+        from azure.iot.device.aio import IoTHubDeviceClient, IoTHubModuleClient
+
+        options = _options(self._settings, login)
+        kind = IoTHubModuleClient if login.module else IoTHubDeviceClient
+        if login.certificate is not None:
+            files = login.certificate
+            x509 = X509(str(files.certificate), str(files.key), passphrase(files))  # type: ignore[no-untyped-call]
+            names = {"hostname": login.host, "device_id": login.device}
+            if login.module:
+                names["module_id"] = login.module
+            return kind.create_from_x509_certificate(x509, **names, **options)
+        if login.sign is None:
+            raise IdentityError("the identity has neither a certificate nor a key")
+        # A token of our own making, whatever signs it: the SDK would keep the key, and would renew
+        # the token by disconnecting.
+        lifetime = float(self._settings.token_lifetime)
+        expiry = int((self._clock.now() + timedelta(seconds=lifetime)).timestamp())
+        token = shared_access_signature(login.resource, expiry, login.sign)
+        margin = _RENEWAL_MARGIN if lifetime > _RENEWAL_MARGIN else lifetime / 2
+        self.renew_at = time.monotonic() + lifetime - margin
+        return kind.create_from_sastoken(token, **options)
 
     # Handlers run on a thread of the SDK: coroutine functions in the order of the messages, plain
     # functions on four threads in any order.
@@ -231,9 +308,8 @@ def describe(error: BaseException) -> str:
     return ": ".join(texts)
 
 
-def _make_client(settings: IotHubSettings) -> Any:
+def _options(settings: IotHubSettings, login: Login) -> dict[str, Any]:
     from azure.iot.device import ProxyOptions
-    from azure.iot.device.aio import IoTHubDeviceClient, IoTHubModuleClient
 
     # It warns of every broken connection as of an exception nobody handles; we handle and tell it.
     logging.getLogger("azure.iot.device.common.handle_exceptions").setLevel(logging.ERROR)
@@ -241,16 +317,18 @@ def _make_client(settings: IotHubSettings) -> Any:
         "auto_connect": False,
         "connection_retry": False,
         "ensure_desired_properties": False,
-        "sastoken_ttl": settings.token_lifetime,
         "websockets": settings.websockets,
     }
-    if settings.ca_file is not None:
+    if login.gateway:
+        options["gateway_hostname"] = login.gateway
+    if login.ca_pem:
+        options["server_verification_cert"] = login.ca_pem
+    elif settings.ca_file is not None:
         options["server_verification_cert"] = Path(settings.ca_file).read_text()
     if settings.proxy is not None:
         host, _, port = settings.proxy.rpartition(":")
         options["proxy_options"] = ProxyOptions("HTTP", host, int(port))  # type: ignore[no-untyped-call]
-    kind = IoTHubModuleClient if settings.identity.get("ModuleId") else IoTHubDeviceClient
-    return kind.create_from_connection_string(settings.connection_string.strip(), **options)
+    return options
 
 
 def _shut_down(client: Any) -> None:

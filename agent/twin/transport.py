@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class TransportUnavailable(Exception):
@@ -70,3 +70,10 @@ class TwinTransport(Protocol):
 
         Raises TransportUnavailable.
         """
+
+
+@runtime_checkable
+class WarningTransport(Protocol):
+    """A transport that knows of trouble to come, such as a certificate that expires soon."""
+
+    def warnings(self) -> tuple[str, ...]: ...

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from gatelet.agent.identity.sources import KeyText, Registered
 from gatelet.agent.twin.document import DesiredDocument, deployment_body, deployment_property
 from gatelet.agent.twin.iothub_client import IotHubSettings, describe
 from gatelet.agent.twin.merge_patch import apply_patch, without_nulls
@@ -107,8 +108,8 @@ def test_a_manifest_as_text_passes_the_hubs_rules() -> None:
 def test_settings() -> None:
     text = "HostName=h;DeviceId=d;ModuleId=$edgeAgent;SharedAccessKey=c2VjcmV0==\n"
     settings = IotHubSettings(text, proxy="127.0.0.1:8080")
-    assert settings.identity["ModuleId"] == "$edgeAgent"
-    assert settings.identity["SharedAccessKey"] == "c2VjcmV0=="
+    assert settings.identity == Registered("h", "d", KeyText("c2VjcmV0=="), "$edgeAgent")
+    assert "c2VjcmV0" not in repr(settings.identity)
     assert "c2VjcmV0" not in repr(settings)
     with pytest.raises(ValueError, match="lacks DeviceId"):
         IotHubSettings("HostName=h;SharedAccessKey=c2VjcmV0")

@@ -1,0 +1,1 @@
+"""Who this device is to its IoT Hub: where that is written down, and how it is proven."""
