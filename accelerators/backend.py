@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .tensors import Array, TensorSpec
 
@@ -70,6 +70,22 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Give back what the session holds. Idempotent."""
+
+
+@runtime_checkable
+class BatchLimited(Protocol):
+    """A session that computes a bounded number of items in one go."""
+
+    @property
+    def max_batch(self) -> int: ...
+
+
+@runtime_checkable
+class WithOptionalInputs(Protocol):
+    """A session whose model has defaults for some more inputs."""
+
+    @property
+    def optional_inputs(self) -> tuple[TensorSpec, ...]: ...
 
 
 class Backend(Protocol):

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -27,6 +27,8 @@ MAX_VARIANTS = 64
 MAX_RANK = 16
 MAX_DIMENSION = 2**31 - 1
 MAX_BATCH = 65_536
+MAX_DELAY_US = 10_000_000
+MAX_QUEUE = 65_536
 MAX_PATH = 1024
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -34,10 +36,18 @@ _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _MSGSPEC_ERROR = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>\$[^`]*)`)?", re.DOTALL)
 
 
-class Batching(msgspec.Struct, frozen=True):
-    """`max`: the largest batch (size of the first dimension) to send to the model; 1 for none."""
+class Batching(msgspec.Struct, frozen=True, rename="camel"):
+    """`max`: the largest batch (size of the first dimension) to send to the model; 1 for none.
+
+    For requests that the server stacks: `preferred` sizes, how long one may wait for company, how
+    many may wait, and who is turned away when more come.
+    """
 
     max: int = 1
+    preferred: tuple[int, ...] | None = None
+    max_delay_us: int | None = None
+    max_queue: int | None = None
+    overflow: Literal["reject", "shed-oldest"] | None = None
 
 
 class Resources(msgspec.Struct, frozen=True):
@@ -239,6 +249,17 @@ def _check_variants(variants: Sequence[Variant]) -> None:
 def _check_batching(model: Model) -> None:
     if not 1 <= model.batching.max <= MAX_BATCH:
         raise _invalid("$.batching.max", f"found {model.batching.max}, expected 1 to {MAX_BATCH}")
+    for size in model.batching.preferred or ():
+        if not 1 <= size <= model.batching.max:
+            raise _invalid(
+                "$.batching.preferred", f"found {size}, expected 1 to {model.batching.max} (max)"
+            )
+    for field, number, low, high in (
+        ("maxDelayUs", model.batching.max_delay_us, 0, MAX_DELAY_US),
+        ("maxQueue", model.batching.max_queue, 1, MAX_QUEUE),
+    ):
+        if number is not None and not low <= number <= high:
+            raise _invalid(f"$.batching.{field}", f"found {number}, expected {low} to {high}")
     if model.batching.max == 1:
         return
     for path, specs in (("$.inputs", model.inputs), ("$.outputs", model.outputs)):

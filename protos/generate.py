@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCES = ("control.proto", "open_inference.proto")
+SOURCES = ("control.proto", "health.proto", "open_inference.proto")
 
 _HERE = Path(__file__).resolve().parent
 _DEFAULT_POOL = "_descriptor_pool.Default()"

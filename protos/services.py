@@ -15,12 +15,14 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from . import control_pb2 as control
+from . import health_pb2 as health_messages
 from . import open_inference_pb2 as oip
 
 if TYPE_CHECKING:
     import grpc
     import grpc.aio
 
+HEALTH = health_messages.DESCRIPTOR.services_by_name["Health"]
 INFERENCE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SCORING = control.DESCRIPTOR.services_by_name["Scoring"]
 AGENT = control.DESCRIPTOR.services_by_name["Agent"]
@@ -42,6 +44,19 @@ class Stream(Protocol[Req, Res]):
 
     def __call__(
         self, request: Req, /, timeout: float | None = None, *, wait_for_ready: bool | None = None
+    ) -> Answers[Res]: ...
+
+
+class Bidirectional(Protocol[Req, Res]):
+    """A call of many requests, answered by many messages; `cancel` ends it."""
+
+    def __call__(
+        self,
+        requests: Iterator[Req],
+        /,
+        timeout: float | None = None,
+        *,
+        wait_for_ready: bool | None = None,
     ) -> Answers[Res]: ...
 
 
@@ -92,6 +107,40 @@ class InferenceStub(Stub["grpc.Channel"]):
     server_metadata: Unary[oip.ServerMetadataRequest, oip.ServerMetadataResponse]
     model_metadata: Unary[oip.ModelMetadataRequest, oip.ModelMetadataResponse]
     model_infer: Unary[oip.ModelInferRequest, oip.ModelInferResponse]
+    model_stream_infer: Bidirectional[oip.ModelInferRequest, oip.ModelStreamInferResponse]
+    model_config: Unary[oip.ModelConfigRequest, oip.ModelConfigResponse]
+    model_statistics: Unary[oip.ModelStatisticsRequest, oip.ModelStatisticsResponse]
+    repository_index: Unary[oip.RepositoryIndexRequest, oip.RepositoryIndexResponse]
+    repository_model_load: Unary[oip.RepositoryModelLoadRequest, oip.RepositoryModelLoadResponse]
+    repository_model_unload: Unary[
+        oip.RepositoryModelUnloadRequest, oip.RepositoryModelUnloadResponse
+    ]
+    system_shared_memory_status: Unary[
+        oip.SystemSharedMemoryStatusRequest, oip.SystemSharedMemoryStatusResponse
+    ]
+    system_shared_memory_register: Unary[
+        oip.SystemSharedMemoryRegisterRequest, oip.SystemSharedMemoryRegisterResponse
+    ]
+    system_shared_memory_unregister: Unary[
+        oip.SystemSharedMemoryUnregisterRequest, oip.SystemSharedMemoryUnregisterResponse
+    ]
+    cuda_shared_memory_status: Unary[
+        oip.CudaSharedMemoryStatusRequest, oip.CudaSharedMemoryStatusResponse
+    ]
+    cuda_shared_memory_register: Unary[
+        oip.CudaSharedMemoryRegisterRequest, oip.CudaSharedMemoryRegisterResponse
+    ]
+    cuda_shared_memory_unregister: Unary[
+        oip.CudaSharedMemoryUnregisterRequest, oip.CudaSharedMemoryUnregisterResponse
+    ]
+    trace_setting: Unary[oip.TraceSettingRequest, oip.TraceSettingResponse]
+    log_settings: Unary[oip.LogSettingsRequest, oip.LogSettingsResponse]
+
+
+class HealthStub(Stub["grpc.Channel"]):
+    service = HEALTH
+    check: Unary[health_messages.HealthCheckRequest, health_messages.HealthCheckResponse]
+    watch: Stream[health_messages.HealthCheckRequest, health_messages.HealthCheckResponse]
 
 
 class ScoringStub(Stub["grpc.Channel"]):
@@ -131,8 +180,9 @@ def handlers(
 ) -> grpc.GenericRpcHandler[Any, Any]:
     """Handlers for every rpc of `service`, for `grpc.server` and `grpc.aio.server` alike.
 
-    `implementation` has one method per rpc, `model_infer(request, context)` for `ModelInfer`;
-    raises AttributeError at once when one is missing.
+    `implementation` has one method per rpc, `model_infer(request, context)` for `ModelInfer`, with
+    an iterator of requests where the client streams, and yielding where the server does. Raises
+    AttributeError at once when one is missing.
     """
     import grpc
 

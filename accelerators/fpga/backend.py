@@ -132,6 +132,11 @@ class FpgaSession:
         return tuple(port.spec for port in self._package.outputs)
 
     @property
+    def max_batch(self) -> int:
+        """Items of one DMA transfer; more than these are computed in several."""
+        return min(self._package.max_batch, self._largest())
+
+    @property
     def healthy(self) -> bool:
         return self._why is None
 
@@ -148,7 +153,7 @@ class FpgaSession:
         source, target = self._package.inputs[0], self._package.outputs[0]
         self._check_names(inputs, outputs)
         tensor = _checked(inputs[source.spec.name], source.spec)
-        largest = PAYLOAD_LIMIT // max(source.wire.item_bytes, target.wire.item_bytes)
+        largest = self._largest()
         if len(tensor) > largest:
             raise InvalidTensor(
                 f"{self._package.name}: a batch of {len(tensor)} is too large, send {largest} "
@@ -245,6 +250,10 @@ class FpgaSession:
         ):
             raise FabricSick(f"{self._package.name}: the fabric process gave no such output")
         return results.astype(np.int8, copy=False)
+
+    def _largest(self) -> int:
+        source, target = self._package.inputs[0], self._package.outputs[0]
+        return PAYLOAD_LIMIT // max(source.wire.item_bytes, target.wire.item_bytes)
 
     def _check_names(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> None:
         wanted = {spec.name for spec in self.inputs}

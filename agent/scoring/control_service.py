@@ -69,6 +69,8 @@ class ControlService:
             backends=tuple(dict.fromkeys(request.options.backends)),
             threads=request.options.threads,
             timeout=request.options.timeout_ms / 1000 or None,
+            max_batch=request.options.max_batch,
+            max_delay=request.options.max_delay_us / 1e6,
         )
         with self._loading:
             loaded = self._loaded.get(request.instance)

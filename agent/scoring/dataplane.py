@@ -6,9 +6,13 @@ import random
 import time
 from collections.abc import Callable, Iterable
 
+from ...accelerators.tensors import Array
+from .batching_choice import has_batch_axis
+from .classification import classify
 from .errors import Code, ScoringError
 from .instances import Instance
 from .routing import Route, RoutingTable, Target, choose
+from .shared_memory import SharedMemory
 from .types import (
     InferenceRequest,
     InferenceResponse,
@@ -19,6 +23,18 @@ from .types import (
 from .validation import check_request
 
 _NAMES_IN_MESSAGE = 10
+EXTENSIONS = (
+    "classification",
+    "logging",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+    "system_shared_memory",
+    "trace",
+)
+"""Triton's names of what is served beyond the Open Inference Protocol."""
 
 
 class DataPlane:
@@ -33,7 +49,8 @@ class DataPlane:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`version` is the server's; `draw` gives numbers uniform in [0, 1)."""
-        self._metadata = ServerMetadata("gatelet", version)
+        self._metadata = ServerMetadata("gatelet", version, EXTENSIONS)
+        self.shared_memory = SharedMemory()
         self._draw = draw
         self._now = now
         self._table: RoutingTable[Instance] | None = None
@@ -93,22 +110,76 @@ class DataPlane:
         INTERNAL."""
         target = self._claim(request)
         instance = target.instance
+        started = self._now()
         try:
-            outputs = check_request(request, instance.inputs, instance.outputs)
+            outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
             results = instance.run(
                 {tensor.name: tensor.array for tensor in request.inputs},
                 outputs,
                 self._deadline(request, instance),
+                request.priority,
             )
+            return self._response(request, target, outputs, results)
+        except ScoringError as error:
+            instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
+            raise
         finally:
             instance.end()
-        datatypes = instance.output_datatypes
-        return InferenceResponse(
-            request.model,
-            target.version,
-            tuple(Tensor(name, datatypes[name], results[name]) for name in outputs),
-            request.id,
-        )
+
+    def submit(
+        self, request: InferenceRequest, done: Callable[[InferenceResponse | ScoringError], None]
+    ) -> None:
+        """As `infer` for event loops: returns at once, and `done` is called once, perhaps on
+        another thread. Raises ScoringError as `infer` for what is refused before it waits."""
+        target = self._claim(request)
+        instance = target.instance
+        started = self._now()
+
+        def finish(value: dict[str, Array] | ScoringError) -> None:
+            answer: InferenceResponse | ScoringError
+            try:
+                if isinstance(value, ScoringError):
+                    raise value
+                answer = self._response(request, target, outputs, value)
+            except ScoringError as error:
+                instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
+                answer = error
+            finally:
+                instance.end()
+            done(answer)
+
+        try:
+            outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
+            instance.submit(
+                {tensor.name: tensor.array for tensor in request.inputs},
+                outputs,
+                self._deadline(request, instance),
+                request.priority,
+                finish,
+            )
+        except ScoringError as error:
+            instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
+            instance.end()
+            raise
+
+    def _response(
+        self,
+        request: InferenceRequest,
+        target: Target[Instance],
+        outputs: tuple[str, ...],
+        results: dict[str, Array],
+    ) -> InferenceResponse:
+        datatypes = target.instance.output_datatypes
+        tensors = tuple(Tensor(name, datatypes[name], results[name]) for name in outputs)
+        if request.classes:
+            batched = has_batch_axis(target.instance.inputs, target.instance.outputs)
+            tensors = tuple(
+                classify(one, request.classes[one.name], batched=batched)
+                if one.name in request.classes
+                else one
+                for one in tensors
+            )
+        return InferenceResponse(request.model, target.version, tensors, request.id)
 
     def _claim(self, request: InferenceRequest) -> Target[Instance]:
         draw = self._draw()

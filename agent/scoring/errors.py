@@ -18,12 +18,16 @@ class Code(Enum):
 
 
 class ScoringError(Exception):
-    """A request that is answered with an error; `message` is for the client's developer."""
+    """A request that is answered with an error; `message` is for the client's developer.
 
-    def __init__(self, code: Code, message: str) -> None:
+    `retry_after`: seconds after which the same request may be answered, if that is known.
+    """
+
+    def __init__(self, code: Code, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.retry_after = retry_after
 
 
 class InstanceRefused(Exception):

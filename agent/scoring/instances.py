@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,11 @@ from ...accelerators.errors import (
 )
 from ...accelerators.tensors import Array, TensorSpec
 from . import breaker as circuit
+from .batching import BatchConfig
+from .batching_choice import has_batch_axis
+from .batching_runner import BatchRunner, Done
 from .errors import Code, ScoringError
+from .statistics import Statistics
 
 
 class State(Enum):
@@ -79,16 +84,20 @@ class Member:
             return True
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, deadline: float | None
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        requests: int = 1,
     ) -> dict[str, Array]:
-        """As `Session.run`; counts, and keeps the breaker."""
+        """As `Session.run`, for `requests` requests at once; counts, and keeps the breaker."""
         try:
             results = self.session.run(inputs, outputs, deadline)
         except BackendError as error:
             with self._lock:
-                self._requests += 1
+                self._requests += requests
                 if not isinstance(error, InvalidTensor):
-                    self._failures += 1
+                    self._failures += requests
                     self._detail = str(error)
                 if isinstance(error, BackendUnavailable):
                     self._breaker = circuit.after_failure(self._breaker, self._now())
@@ -97,15 +106,15 @@ class Member:
                     self._breaker = circuit.CLOSED
             raise
         with self._lock:
-            self._requests += 1
+            self._requests += requests
             if self._breaker is not circuit.CLOSED:
                 self._breaker = circuit.CLOSED
                 self._detail = ""
         return results
 
-    def passed_on(self) -> None:
+    def passed_on(self, requests: int = 1) -> None:
         with self._lock:
-            self._fallbacks += 1
+            self._fallbacks += requests
 
     def report(self) -> BackendReport:
         with self._lock:
@@ -142,8 +151,12 @@ class Instance:
         *,
         platform: str = "",
         timeout: float | None = None,
+        batching: BatchConfig | None = None,
+        optional: frozenset[str] = frozenset(),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`batching` None: requests run singly, one per core. `optional`: inputs that a request
+        may leave out."""
         self.name = name
         self.model = model
         self.version = version
@@ -154,8 +167,20 @@ class Instance:
         self.timeout = timeout
         self.state = State.LOADED
         self.error = ""
+        self.optional = optional
+        self.statistics = Statistics()
         self._members = tuple(members)
         self._now = now
+        specs = (*inputs, *outputs)
+        self._runner = BatchRunner(
+            f"model {model!r} version {version}",
+            self._answer,
+            batching or BatchConfig(slots=os.cpu_count() or 1),
+            self.statistics,
+            batched=has_batch_axis(inputs, outputs),
+            free_sizes=bool(optional) or any(-1 in spec.shape[1:] for spec in specs),
+            now=now,
+        )
         self._idle = threading.Condition()
         self._in_flight = 0
         self._closing = False
@@ -179,6 +204,19 @@ class Instance:
         with self._idle:
             self._members = tuple(one for one in self._members if one is not member)
         member.session.close()
+
+    @property
+    def batching(self) -> BatchConfig:
+        return self._runner.config
+
+    @batching.setter
+    def batching(self, config: BatchConfig) -> None:
+        self._runner.config = config
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait for their turn."""
+        return self._runner.pending
 
     @property
     def in_flight(self) -> int:
@@ -208,27 +246,53 @@ class Instance:
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None = None,
         deadline: float | None = None,
+        priority: int = 0,
     ) -> dict[str, Array]:
-        """Answer on the first backend that can, passing the request on while time is left.
+        """Answer, perhaps together with other requests, on the first backend that can.
 
+        `priority`: 1 (first) to 10, 0 for the default, 5. Arrays may be views of larger ones.
         Raises ScoringError: INVALID_ARGUMENT, DEADLINE_EXCEEDED, UNAVAILABLE, INTERNAL.
         """
+        return self._runner.call(inputs, outputs, deadline, priority)
+
+    def submit(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        priority: int,
+        done: Done,
+    ) -> None:
+        """As `run` without blocking: `done` gets the results or a ScoringError on another thread.
+
+        Raises ScoringError UNAVAILABLE when too many requests wait.
+        """
+        self._runner.submit(inputs, outputs, deadline, priority, done)
+
+    def _answer(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        requests: int,
+    ) -> dict[str, Array]:
+        """On the first backend that can, passing the request on while time is left."""
         reasons: list[str] = []
         members = self._members
         skipped: list[Member] = []
         for member in members:
             if member.allowed():
-                answer = self._attempt(member, inputs, outputs, deadline, reasons)
+                answer = self._attempt(member, inputs, outputs, deadline, requests, reasons)
                 if answer is not None:
                     return answer
             else:
                 skipped.append(member)
             if member is not members[-1]:
-                member.passed_on()
+                member.passed_on(requests)
         # Nobody else could: one that is on probation is better than no answer.
         for member in skipped:
             if member.usable:
-                answer = self._attempt(member, inputs, outputs, deadline, reasons)
+                answer = self._attempt(member, inputs, outputs, deadline, requests, reasons)
                 if answer is not None:
                     return answer
             else:
@@ -245,12 +309,13 @@ class Instance:
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None,
         deadline: float | None,
+        requests: int,
         reasons: list[str],
     ) -> dict[str, Array] | None:
         if deadline is not None and self._now() >= deadline:
             raise self._too_late(reasons)
         try:
-            return member.run(inputs, outputs, deadline)
+            return member.run(inputs, outputs, deadline, requests)
         except BackendUnavailable as error:
             reasons.append(f"{member.name}: {error}")
             return None
@@ -284,6 +349,7 @@ class Instance:
         with self._idle:
             self._closing = True
             drained = self._idle.wait_for(lambda: self._in_flight == 0, timeout=drain)
+        self._runner.close()
         for member in self._members:
             with suppress(BackendError):
                 member.session.close()

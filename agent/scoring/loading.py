@@ -9,12 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ...accelerators.backend import Backend, LoadOptions, Session, Variant
+from ...accelerators.backend import (
+    Backend,
+    LoadOptions,
+    Session,
+    Variant,
+    WithOptionalInputs,
+)
 from ...accelerators.errors import BackendError, BackendUnavailable, LoadError
 from ...accelerators.tensors import NUMPY_DTYPES, Array, TensorSpec, shape_matches
 from ...modules.errors import ImageError
 from ...modules.model_json import Model, load_model
 from ...modules.sample_json import Sample, load_sample
+from .batching_choice import PROBE_SIZE, NotSeparable, batch_config, largest_batch, measure, pays
 from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, Member, State
 
@@ -31,11 +38,14 @@ _PLATFORMS = {"onnx": "onnxruntime_onnx"}
 
 @dataclass(frozen=True, slots=True)
 class InstanceOptions:
-    """How to serve a model. `backends` (): all that fit, FPGA first. `timeout` in seconds."""
+    """How to serve a model. `backends` (): all that fit, FPGA first. `timeout` and `max_delay` in
+    seconds. `max_batch`: 0 for model.json's where stacking requests pays, 1 for never."""
 
     backends: tuple[str, ...] = ()
     threads: int = 0
     timeout: float | None = None
+    max_batch: int = 0
+    max_delay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,7 @@ class Loaded:
             members,
             platform=_platform(members),
             timeout=options.timeout,
+            optional=_optional(self.model, members),
         )
 
     @property
@@ -164,7 +175,10 @@ class Loaded:
             del self._missing[name]
         if self.instance.state is not State.READY:
             return []
-        return [member.name for member in self.instance.members if self._prove_late(member)]
+        joined = [member.name for member in self.instance.members if self._prove_late(member)]
+        if joined:
+            self._choose_batching()
+        return joined
 
     def _prove_late(self, member: Member) -> bool:
         if member.proven or not member.session.healthy:
@@ -203,8 +217,43 @@ class Loaded:
             raise InstanceUnavailable(
                 f"model {self.model.name!r}: no backend could be probed: {'; '.join(unavailable)}"
             )
+        self._choose_batching()
         self.instance.error = ""
         self.instance.state = State.READY
+
+    def _choose_batching(self) -> None:
+        """Stack requests where the model allows it and, unless asked for, where it pays."""
+        options, batching, members = self.options, self.model.batching, self.instance.members
+        size = largest_batch(
+            options.max_batch,
+            batching,
+            self.model.inputs,
+            self.model.outputs,
+            [member.session for member in members],
+        )
+        if size == 1 and options.max_batch > 1:
+            self._note(
+                "batching: not every tensor has a free first dimension, so requests run singly"
+            )
+        member = next((one for one in members if one.usable), None)
+        if size > 1 and member is not None:
+            size = size if self._stacking_pays(member, size) else 1
+        self.instance.batching = batch_config(size, options.max_delay, batching)
+
+    def _stacking_pays(self, member: Member, size: int) -> bool:
+        sample = self._sample or zeros(self.model)
+        item = {name: array[:1] for name, array in sample.inputs.items()}
+        items = min(size, PROBE_SIZE)
+        try:
+            single, stacked = measure(member.session, item, items)
+        except (BackendError, NotSeparable) as error:
+            self._note(f"batching: {error}")
+            return False
+        return self.options.max_batch > 1 or pays(single, stacked, items)
+
+    def _note(self, text: str) -> None:
+        if text not in self._left_out:
+            self._left_out.append(text)
 
     def _try(self, member: Member) -> None:
         """Raises BackendError when the session fails, InstanceRefused for a wrong answer."""
@@ -241,8 +290,11 @@ def check_signature(model: Model, variant: Variant, session: Session) -> None:
     """
     where = f"model.json does not fit {variant.kind} {variant.path}"
     pairs = (("input", model.inputs, session.inputs), ("output", model.outputs, session.outputs))
+    optional = session.optional_inputs if isinstance(session, WithOptionalInputs) else ()
     for role, promised, actual in pairs:
         found = {spec.name: spec for spec in actual}
+        if role == "input":
+            found = {spec.name: spec for spec in (*optional, *actual)}
         names = {spec.name for spec in promised}
         surplus = [str(spec) for spec in actual if spec.name not in names]
         if role == "input" and surplus:
@@ -294,6 +346,16 @@ def compare(actual: Array, expected: Array, backend: str) -> str | None:
         return None
     error = float(np.max(np.abs(have - want), initial=0.0))
     return f"off by up to {error:.3g}, allowed are {absolute:g} + {relative:g} of the value"
+
+
+def _optional(model: Model, members: Sequence[Member]) -> frozenset[str]:
+    """Inputs that every backend has a default for."""
+    names = {spec.name for spec in model.inputs}
+    for member in members:
+        session = member.session
+        own = session.optional_inputs if isinstance(session, WithOptionalInputs) else ()
+        names &= {spec.name for spec in own}
+    return frozenset(names)
 
 
 def _platform(members: Sequence[Member]) -> str:

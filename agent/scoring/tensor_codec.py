@@ -2,7 +2,8 @@
 
 Raw form (Open Inference Protocol v2, "Raw tensor contents"): elements in row-major order,
 little-endian, without padding; a BYTES element is its length (4 bytes, little-endian) and its data.
-Typed form: a flat list of numbers, booleans or byte strings, row-major; FP16 has none.
+Typed form: a flat list of numbers, booleans or byte strings, row-major; FP16 and BF16 have none.
+BF16 is the upper half of an FP32 number and is FP32 in memory.
 """
 
 from __future__ import annotations
@@ -36,37 +37,54 @@ TYPED_FIELDS = {
 
 _MOST_DIMENSIONS = 32  # numpy's limit before version 2
 _LENGTH = struct.Struct("<I")
+BF16 = "BF16"
+_BF16_BYTES = 2
 
 
 def decode_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Tensor:
-    """The tensor in `raw`, without copying it (so the array is read-only) except for BYTES.
+    """The tensor in `raw`, without copying it (so the array is read-only) except for BYTES and
+    BF16.
 
     Raises ScoringError INVALID_ARGUMENT.
     """
     dtype, dimensions, count = _layout(name, datatype, shape)
     if datatype == "BYTES":
         return Tensor(name, datatype, _split_bytes(name, raw, count).reshape(dimensions))
-    expected = count * dtype.itemsize
+    expected = count * (_BF16_BYTES if datatype == BF16 else dtype.itemsize)
     if len(raw) != expected:
         raise _invalid(
             name,
             f"raw contents have {len(raw)} bytes, expected {expected} for "
             f"{_described(datatype, dimensions)}",
         )
-    array = np.frombuffer(raw, dtype)
+    if datatype == BF16:
+        wide = np.frombuffer(raw, "<u2").astype("<u4") << np.uint32(16)
+        return Tensor(name, datatype, wide.view("<f4").reshape(dimensions))
+    array: Array = np.frombuffer(raw, dtype)
     if datatype == "BOOL" and count and int(array.view(np.uint8).max()) > 1:
         raise _invalid(name, "raw contents of BOOL must be bytes of 0 or 1")
     return Tensor(name, datatype, array.reshape(dimensions))
 
 
 def encode_raw(tensor: Tensor) -> bytes:
-    """The raw form of `tensor`."""
+    """The raw form of `tensor`; BF16 is rounded to the nearest, ties to even."""
+    if tensor.datatype == BF16:
+        return _to_bf16(tensor.array)
     if tensor.datatype != "BYTES":
         return tensor.array.tobytes()
     parts: list[bytes] = []
     for element in tensor.array.ravel().tolist():
         parts += (_LENGTH.pack(len(element)), element)
     return b"".join(parts)
+
+
+def _to_bf16(array: Array) -> bytes:
+    numbers = np.ascontiguousarray(array, "<f4")
+    bits = numbers.view("<u4")
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    # Rounding must not make an infinity of a NaN.
+    rounded = np.where(np.isnan(numbers), bits | np.uint32(0x00400000), rounded)
+    return (rounded >> np.uint32(16)).astype("<u2").tobytes()
 
 
 def decode_typed(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Tensor:
@@ -104,9 +122,10 @@ def typed_values(tensor: Tensor) -> list[Any]:
 def _layout(
     name: str, datatype: str, shape: Sequence[int]
 ) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
-    dtype = NUMPY_DTYPES.get(datatype)
+    dtype = NUMPY_DTYPES.get("FP32" if datatype == BF16 else datatype)
     if dtype is None:
-        raise _invalid(name, f"unknown datatype {datatype!r}, expected {', '.join(NUMPY_DTYPES)}")
+        known = ", ".join((*NUMPY_DTYPES, BF16))
+        raise _invalid(name, f"unknown datatype {datatype!r}, expected {known}")
     dimensions = tuple(shape)
     if len(dimensions) > _MOST_DIMENSIONS:
         raise _invalid(name, f"{len(dimensions)} dimensions, at most {_MOST_DIMENSIONS} are served")

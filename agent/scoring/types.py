@@ -23,7 +23,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """`version` "": routing decides. `outputs` (): all. `deadline`: of `time.monotonic()`."""
+    """`version` "": routing decides. `outputs` (): all. `deadline`: of `time.monotonic()`.
+
+    `priority`: 1 (first) to 10, 0 for the default. `classes`: for outputs that are to be answered
+    with their most probable classes, how many.
+    """
 
     model: str
     inputs: tuple[Tensor, ...]
@@ -31,6 +35,8 @@ class InferenceRequest:
     id: str = ""
     outputs: tuple[str, ...] = ()
     deadline: float | None = None
+    priority: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

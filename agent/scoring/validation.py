@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ...accelerators.tensors import TensorSpec, shape_matches
 from .errors import Code, ScoringError
 from .types import InferenceRequest
 
+_WIDENED = ("BF16", "FP32")
+
 
 def check_request(
-    request: InferenceRequest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    request: InferenceRequest,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    optional: Collection[str] = (),
 ) -> tuple[str, ...]:
     """The names of the outputs to compute, in the order to answer in.
 
+    `optional`: inputs that may be missing. BF16 is taken for FP32, which holds each of its values.
     Raises ScoringError INVALID_ARGUMENT when a tensor is missing, unknown, given twice, or of
     another datatype or shape than the model's.
     """
-    _check_inputs(request, inputs)
+    _check_inputs(request, inputs, optional)
     known = [spec.name for spec in outputs]
     if not request.outputs:
         return tuple(known)
@@ -52,7 +58,9 @@ def check_contents(names: Sequence[str], typed: Sequence[bool], raw: int) -> boo
     return True
 
 
-def _check_inputs(request: InferenceRequest, inputs: Sequence[TensorSpec]) -> None:
+def _check_inputs(
+    request: InferenceRequest, inputs: Sequence[TensorSpec], optional: Collection[str]
+) -> None:
     specs = {spec.name: spec for spec in inputs}
     seen = set()
     for tensor in request.inputs:
@@ -64,7 +72,7 @@ def _check_inputs(request: InferenceRequest, inputs: Sequence[TensorSpec]) -> No
         if tensor.name in seen:
             raise _invalid(f"input {tensor.name!r} is given twice; send it once")
         seen.add(tensor.name)
-        if tensor.datatype != spec.datatype:
+        if tensor.datatype != spec.datatype and (tensor.datatype, spec.datatype) != _WIDENED:
             raise _invalid(
                 f"input {tensor.name!r}: datatype {tensor.datatype}, expected {spec.datatype}"
             )
@@ -74,11 +82,12 @@ def _check_inputs(request: InferenceRequest, inputs: Sequence[TensorSpec]) -> No
                 + (" where -1 stands for any size" if -1 in spec.shape else "")
             )
     if len(seen) != len(specs):
-        missing = [name for name in specs if name not in seen]
-        raise _invalid(
-            f"model {request.model!r} needs {len(specs)} inputs, found {len(seen)}; missing: "
-            f"{_names(missing)}"
-        )
+        missing = [name for name in specs if name not in seen and name not in optional]
+        if missing:
+            raise _invalid(
+                f"model {request.model!r} needs {len(specs) - len(optional)} inputs, found "
+                f"{len(seen)}; missing: {_names(missing)}"
+            )
 
 
 def _names(names: Sequence[str] | dict[str, TensorSpec]) -> str:

@@ -188,8 +188,9 @@ def test_requests_that_are_refused(
 
 def test_calls_that_are_not_served_are_unimplemented(client: triton.InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException) as caught:
-        client.get_model_config("scale")
+        client.register_cuda_shared_memory("gpu", b"AAAA", 0, 16)
     assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+    assert "no CUDA" in caught.value.message()
 
 
 def infer_request(*raw: bytes, shape: tuple[int, ...] = (1, 4)) -> oip.ModelInferRequest:

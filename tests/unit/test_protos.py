@@ -60,19 +60,37 @@ def test_lives_beside_tritonclient_whichever_is_imported_first(imports: tuple[st
 
 
 def test_the_shared_messages_have_tritons_fields() -> None:
-    theirs = pytest.importorskip("tritonclient.grpc.service_pb2").DESCRIPTOR.message_types_by_name
+    calls = pytest.importorskip("tritonclient.grpc.service_pb2").DESCRIPTOR
+    configs = pytest.importorskip("tritonclient.grpc.model_config_pb2").DESCRIPTOR
+    theirs = {**configs.message_types_by_name, **calls.message_types_by_name}
     assert oip.ModelMetadataResponse.DESCRIPTOR.fields_by_name["properties"].number == 6
     compared = 0
     for name, ours in oip.DESCRIPTOR.message_types_by_name.items():
         pending = [(ours, theirs[name])]
         while pending:
             mine, other = pending.pop()
+            # Of the model configuration only a part is here.
+            names = set(mine.fields_by_name if name in configs.message_types_by_name else ())
             for field in other.fields:
+                if names and field.name not in names:
+                    continue
                 mine_field = mine.fields_by_name[field.name]
                 assert (mine_field.number, mine_field.type) == (field.number, field.type)
+                assert mine_field.label == field.label
                 compared += 1
-            pending += [(mine.nested_types_by_name[n.name], n) for n in other.nested_types]
-    assert compared > 60
+            pending += [
+                (mine.nested_types_by_name[n.name], n)
+                for n in other.nested_types
+                if not names or n.name in mine.nested_types_by_name
+            ]
+    assert compared > 200
+    mine = {m.name: m for m in oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods}
+    for method in calls.services_by_name["GRPCInferenceService"].methods:
+        same = mine[method.name]
+        assert (same.client_streaming, same.server_streaming) == (
+            method.client_streaming,
+            method.server_streaming,
+        )
 
 
 class _Agent:

@@ -1,0 +1,427 @@
+"""Runs the requests of one model as `batching.decide` says: the threads around the pure core.
+
+A caller that finds a free slot computes on its own thread, which saves two thread switches. What
+arrives meanwhile queues up for the runner threads, which exist only while there is a queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from bisect import insort
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ...accelerators.tensors import Array
+from .batching import (
+    DEFAULT_PRIORITY,
+    BatchConfig,
+    Waiting,
+    admit,
+    decide,
+    normalised_priority,
+)
+from .errors import Code, ScoringError
+from .statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 10.0
+_LONGEST_WAIT = threading.TIMEOUT_MAX
+_RETRY_SECONDS = (0.01, 5.0)
+# Of the newest run in the running average.
+_WEIGHT = 0.2
+
+Results = dict[str, Array]
+Done = Callable[[Results | ScoringError], None]
+
+
+class Execute(Protocol):
+    """Runs the model; `requests`: how many it answers with that. Raises ScoringError."""
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        requests: int,
+    ) -> Results: ...
+
+
+class _Job:
+    """A request under way, until `finish` hands its results or its error to whoever waits."""
+
+    __slots__ = ("_done", "deadline", "inputs", "items", "outputs", "started", "waiting")
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        items: int,
+        done: Done,
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.deadline = deadline
+        self.items = items
+        self.started = 0.0
+        self.waiting: Waiting | None = None
+        self._done: Done | None = done
+
+    def finish(self, value: Results | ScoringError) -> None:
+        """The first value counts."""
+        done, self._done = self._done, None
+        if done is not None:
+            done(value)
+
+
+class _Answer:
+    """Where a blocked caller finds its results."""
+
+    __slots__ = ("lock", "value")
+
+    def __init__(self) -> None:
+        # A bare lock: an Event costs twice as much, and there is one per request.
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.value: Results | ScoringError | None = None
+
+    def set(self, value: Results | ScoringError) -> None:
+        self.value = value
+        self.lock.release()
+
+
+class BatchRunner:
+    """Thread-safe. `batched` says whether the inputs have the batch as their first dimension."""
+
+    def __init__(
+        self,
+        name: str,
+        execute: Execute,
+        config: BatchConfig,
+        statistics: Statistics,
+        *,
+        batched: bool,
+        free_sizes: bool = True,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`free_sizes`: whether other dimensions than the first one vary between requests, or
+        inputs may be left out."""
+        self.config = config
+        self._name = name
+        self._execute_model = execute
+        self._statistics = statistics
+        self._batched = batched
+        self._free_sizes = free_sizes
+        self._now = now
+        self._turn = threading.Condition(threading.Lock())
+        self._queue: list[Waiting] = []
+        self._jobs: dict[int, _Job] = {}
+        self._arrivals = 0
+        self._running = 0
+        self._runners: set[threading.Thread] = set()
+        self._closed = False
+        self._run_seconds = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._queue)
+
+    def call(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        priority: int = 0,
+    ) -> Results:
+        """Blocks until the results are there, or until `deadline` (of `now`).
+
+        Raises ScoringError: what `execute` raises, DEADLINE_EXCEEDED, and UNAVAILABLE with
+        `retry_after` when the queue is full.
+        """
+        answer = _Answer()
+        job = _Job(inputs, outputs, deadline, self._items(inputs), answer.set)
+        arrived = self._now()
+        if self._enter(job, priority, arrived):
+            try:
+                self._execute((job,))
+            finally:
+                self._leave()
+        wait = _LONGEST_WAIT if deadline is None else max(0.0, deadline - self._now())
+        if not answer.lock.acquire(timeout=min(wait, _LONGEST_WAIT)):
+            raise self._too_late(self._withdraw(job))
+        value = answer.value
+        if not isinstance(value, dict):
+            raise value or ScoringError(Code.INTERNAL, "a request was lost")
+        took, queued = self._now() - arrived, max(0.0, job.started - arrived)
+        self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), job.items)
+        return value
+
+    def submit(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        priority: int,
+        done: Done,
+    ) -> None:
+        """As `call` for event loops: returns at once; `done` is called on a runner's thread.
+
+        Raises ScoringError UNAVAILABLE when the queue is full.
+        """
+        arrived = self._now()
+
+        def finish(value: Results | ScoringError) -> None:
+            if isinstance(value, dict):
+                took, queued = self._now() - arrived, max(0.0, job.started - arrived)
+                self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), job.items)
+            done(value)
+
+        job = _Job(inputs, outputs, deadline, self._items(inputs), finish)
+        self._enter(job, priority, arrived, may_run=False)
+
+    def close(self) -> None:
+        """Turn away what waits, and end the threads once they have answered. Idempotent."""
+        with self._turn:
+            self._closed = True
+            left = [self._jobs[waiting.number] for waiting in self._queue]
+            self._queue.clear()
+            self._jobs.clear()
+            self._turn.notify_all()
+            runners = tuple(self._runners)
+        for job in left:
+            job.finish(ScoringError(Code.UNAVAILABLE, f"{self._name} is being unloaded; try again"))
+        for runner in runners:
+            if runner is not threading.current_thread():
+                # One that hangs in an accelerator must not hold up the others' end.
+                runner.join(timeout=1.0)
+
+    def _items(self, inputs: Mapping[str, Array]) -> int:
+        if not self._batched:
+            return 1
+        for array in inputs.values():
+            return array.shape[0] if array.ndim else 1
+        return 1
+
+    def _enter(self, job: _Job, priority: int, arrived: float, may_run: bool = True) -> bool:
+        """Whether the caller has a slot and is to run the job itself; else the job waits."""
+        shed: _Job | None = None
+        with self._turn:
+            if self._closed:
+                raise ScoringError(Code.UNAVAILABLE, f"{self._name} is being unloaded; try again")
+            idle = self._running < self.config.slots and not self._queue
+            if idle and may_run:
+                self._running += 1
+                return True
+            self._arrivals += 1
+            waiting = Waiting(
+                self._arrivals,
+                job.items,
+                arrived,
+                self._alike(job.inputs),
+                job.deadline,
+                normalised_priority(priority) if priority else DEFAULT_PRIORITY,
+                urgent=idle,
+            )
+            admission = admit(self._queue, waiting, self.config)
+            if not admission.admitted:
+                raise self._full()
+            if admission.shed is not None:
+                self._queue.remove(admission.shed)
+                shed = self._jobs.pop(admission.shed.number)
+            job.waiting = waiting
+            self._jobs[waiting.number] = job
+            insort(self._queue, waiting, key=_order)
+            if len(self._runners) < min(self.config.slots, len(self._queue)):
+                runner = threading.Thread(
+                    target=self._serve, name=f"run-{self._name}"[:15], daemon=True
+                )
+                self._runners.add(runner)
+                runner.start()
+            elif self._running < self.config.slots:
+                self._turn.notify()
+        if shed is not None:
+            shed.finish(self._full())
+        return False
+
+    def _alike(self, inputs: Mapping[str, Array]) -> Hashable:
+        if not self._free_sizes:
+            return None
+        return tuple((name, inputs[name].shape[1:]) for name in sorted(inputs))
+
+    def _leave(self) -> None:
+        with self._turn:
+            self._running -= 1
+            if self._queue:
+                self._turn.notify()
+
+    def _withdraw(self, job: _Job) -> bool:
+        """Whether the job was still waiting, and now never runs."""
+        with self._turn:
+            waiting = job.waiting
+            if waiting is None or self._jobs.pop(waiting.number, None) is None:
+                return False
+            self._queue.remove(waiting)
+            return True
+
+    def _serve(self) -> None:
+        while True:
+            with self._turn:
+                expired, batch = self._next()
+                if not expired and not batch:
+                    self._runners.discard(threading.current_thread())
+                    return
+            for job in expired:
+                job.finish(self._too_late(waited=True))
+            if batch:
+                try:
+                    self._execute(batch)
+                finally:
+                    self._leave()
+
+    def _next(self) -> tuple[tuple[_Job, ...], tuple[_Job, ...]]:
+        """The next jobs of a runner, who waits for them; none when it is to end."""
+        while not self._closed:
+            timeout = _IDLE_SECONDS
+            if self._queue:
+                now = self._now()
+                decision = decide(self._queue, now, self.config, self._run_seconds)
+                batch = decision.batch if self._running < self.config.slots else ()
+                if batch or decision.expired:
+                    self._running += bool(batch)
+                    return self._take(decision.expired), self._take(batch)
+                ends = [w.deadline for w in self._queue if w.deadline is not None]
+                if decision.again_at is not None:
+                    ends.append(decision.again_at)
+                timeout = max(0.0, min(ends) - now) if ends else _LONGEST_WAIT
+                self._turn.wait(min(timeout, _LONGEST_WAIT))
+            elif not self._turn.wait(timeout) and not self._queue:
+                break
+        return (), ()
+
+    def _take(self, chosen: Sequence[Waiting]) -> tuple[_Job, ...]:
+        if not chosen:
+            return ()
+        numbers = {waiting.number for waiting in chosen}
+        self._queue = [waiting for waiting in self._queue if waiting.number not in numbers]
+        return tuple(self._jobs.pop(waiting.number) for waiting in chosen)
+
+    def _execute(self, jobs: tuple[_Job, ...]) -> None:
+        """Run the jobs together and finish each. Never raises."""
+        started = self._now()
+        for job in jobs:
+            job.started = started
+        try:
+            if len(jobs) == 1:
+                self._alone(jobs[0])
+            else:
+                self._together(jobs)
+        except ScoringError as error:
+            for job in jobs:
+                job.finish(ScoringError(error.code, error.message, error.retry_after))
+        except BaseException:
+            # Whoever waits must hear of it, whatever it was.
+            for job in jobs:
+                job.finish(ScoringError(Code.INTERNAL, f"{self._name}: the run was broken off"))
+            raise
+        took = self._now() - started
+        self._run_seconds += _WEIGHT * (took - self._run_seconds)
+
+    def _alone(self, job: _Job) -> None:
+        before = time.perf_counter_ns()
+        results = self._execute_model(job.inputs, job.outputs, job.deadline, 1)
+        self._statistics.executed(job.items, 1, 0, time.perf_counter_ns() - before, 0)
+        job.finish(results)
+
+    def _together(self, jobs: tuple[_Job, ...]) -> None:
+        before = time.perf_counter_ns()
+        names = jobs[0].inputs
+        stacked = {name: np.concatenate([job.inputs[name] for job in jobs]) for name in names}
+        outputs = _union(jobs)
+        latest: float | None = 0.0
+        for job in jobs:
+            latest = None if latest is None or job.deadline is None else max(latest, job.deadline)
+        running = time.perf_counter_ns()
+        try:
+            results = self._execute_model(stacked, outputs, latest, len(jobs))
+        except ScoringError as error:
+            if error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL):
+                # One of them may be at fault: the others must not pay for it.
+                self._one_by_one(jobs)
+                return
+            raise
+        ran = time.perf_counter_ns()
+        items = sum(job.items for job in jobs)
+        if any(not array.ndim or array.shape[0] != items for array in results.values()):
+            log.warning(
+                "%s does not answer a batch item by item; its requests run singly from now on",
+                self._name,
+            )
+            self.config = BatchConfig(
+                max_queue=self.config.max_queue,
+                overflow=self.config.overflow,
+                slots=self.config.slots,
+            )
+            self._one_by_one(jobs)
+            return
+        start = 0
+        answers = []
+        for job in jobs:
+            end = start + job.items
+            wanted = results if job.outputs is None else job.outputs
+            answers.append({name: results[name][start:end] for name in wanted})
+            start = end
+        self._statistics.executed(
+            items, len(jobs), running - before, ran - running, time.perf_counter_ns() - ran
+        )
+        for job, answer in zip(jobs, answers, strict=True):
+            job.finish(answer)
+
+    def _one_by_one(self, jobs: tuple[_Job, ...]) -> None:
+        for job in jobs:
+            if job.deadline is not None and job.deadline <= self._now():
+                job.finish(self._too_late(waited=True))
+                continue
+            try:
+                self._alone(job)
+            except ScoringError as error:
+                job.finish(error)
+
+    def _full(self) -> ScoringError:
+        low, high = _RETRY_SECONDS
+        batches = len(self._queue) / max(1, self.config.max_batch * self.config.slots)
+        after = min(high, max(low, batches * self._run_seconds))
+        return ScoringError(
+            Code.UNAVAILABLE,
+            f"{self._name}: {len(self._queue)} requests are waiting already; try again in "
+            f"{after:.2g} s, or send fewer at once",
+            after,
+        )
+
+    def _too_late(self, waited: bool) -> ScoringError:
+        when = "before the model was run" if waited else "while the model was running"
+        return ScoringError(
+            Code.DEADLINE_EXCEEDED,
+            f"{self._name}: the deadline passed {when}; allow more time or send less at once",
+        )
+
+
+def _order(waiting: Waiting) -> tuple[int, int]:
+    return waiting.order
+
+
+def _union(jobs: tuple[_Job, ...]) -> Sequence[str] | None:
+    first = jobs[0].outputs
+    if all(job.outputs == first for job in jobs):
+        return first
+    names: dict[str, None] = {}
+    for job in jobs:
+        if job.outputs is None:
+            return None
+        names.update(dict.fromkeys(job.outputs))
+    return tuple(names)

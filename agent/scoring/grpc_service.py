@@ -1,0 +1,322 @@
+"""The gRPC services of the scoring process: OIP with Triton's extensions, and health."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from ...protos import health_pb2 as health
+from ...protos import open_inference_pb2 as oip
+from ...protos.services import HEALTH, INFERENCE
+from . import oip_extensions as extensions
+from . import repository
+from .dataplane import DataPlane
+from .errors import Code, ScoringError
+from .oip_messages import decode_request, encode_metadata, encode_response
+
+log = logging.getLogger(__name__)
+
+_STATUS = {code: grpc.StatusCode[code.value] for code in Code}
+# Deadlines further away than this are no deadlines (grpcio gives infinity without one).
+_LONGEST_SECONDS = 10_000_000.0
+_WATCH_SECONDS = 0.5
+_DEFECT = "the scoring process hit a defect of its own; its log has the details"
+
+T = TypeVar("T", bound=Message)
+
+
+class StreamPool:
+    """Threads for calls that stay open, so that these leave the others their threads."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.stopping = threading.Event()
+        # One more, to turn away whoever is too many.
+        self.threads = ThreadPoolExecutor(most + 1, thread_name_prefix="grpc-stream")
+        self._lock = threading.Lock()
+        self._open = 0
+        self._idle: set[Any] = set()
+
+    def served(self, behaviour: Callable[..., Iterator[T]]) -> Callable[..., Iterator[T]]:
+        """`behaviour` on these threads, refused with RESOURCE_EXHAUSTED when all are taken."""
+
+        def serve(request: Any, context: grpc.ServicerContext) -> Iterator[T]:
+            with self._lock:
+                full = self._open >= self.most
+                self._open += not full
+            if full:
+                context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"{self.most} streams are open already; close some",
+                )
+            try:
+                yield from behaviour(request, context)
+            finally:
+                with self._lock:
+                    self._open -= 1
+
+        # grpcio looks for this name on what it calls.
+        serve.experimental_thread_pool = self.threads  # type: ignore[attr-defined]
+        return serve
+
+    def next(self, requests: Iterator[T], context: grpc.ServicerContext) -> T | None:
+        """The next request of a stream; None at its end, or when the server stops before it."""
+        with self._lock:
+            self._idle.add(context)
+        if self.stopping.is_set():
+            context.cancel()  # type: ignore[no-untyped-call]
+        try:
+            return next(requests, None)
+        except grpc.RpcError:
+            return None
+        finally:
+            with self._lock:
+                self._idle.discard(context)
+
+    def stop(self) -> None:
+        """End the streams that wait for a request, and the others after their current one."""
+        self.stopping.set()
+        with self._lock:
+            idle = tuple(self._idle)
+        for context in idle:
+            context.cancel()
+
+    def shutdown(self) -> None:
+        self.threads.shutdown()
+
+
+class InferenceService:
+    """One method per rpc of `inference.GRPCInferenceService`."""
+
+    def __init__(self, plane: DataPlane, streams: StreamPool) -> None:
+        self._plane = plane
+        self._streams = streams
+        self._memory = plane.shared_memory
+        self.model_stream_infer = streams.served(self._stream)
+
+    def server_live(
+        self, request: oip.ServerLiveRequest, context: grpc.ServicerContext
+    ) -> oip.ServerLiveResponse:
+        return oip.ServerLiveResponse(live=self._plane.live())
+
+    def server_ready(
+        self, request: oip.ServerReadyRequest, context: grpc.ServicerContext
+    ) -> oip.ServerReadyResponse:
+        return oip.ServerReadyResponse(ready=self._plane.ready())
+
+    def model_ready(
+        self, request: oip.ModelReadyRequest, context: grpc.ServicerContext
+    ) -> oip.ModelReadyResponse:
+        return oip.ModelReadyResponse(ready=self._plane.model_ready(request.name, request.version))
+
+    def server_metadata(
+        self, request: oip.ServerMetadataRequest, context: grpc.ServicerContext
+    ) -> oip.ServerMetadataResponse:
+        metadata = self._plane.server_metadata()
+        return oip.ServerMetadataResponse(
+            name=metadata.name, version=metadata.version, extensions=metadata.extensions
+        )
+
+    def model_metadata(
+        self, request: oip.ModelMetadataRequest, context: grpc.ServicerContext
+    ) -> oip.ModelMetadataResponse:
+        return _answer(
+            context,
+            lambda: encode_metadata(self._plane.model_metadata(request.name, request.version)),
+        )
+
+    def model_infer(
+        self, request: oip.ModelInferRequest, context: grpc.ServicerContext
+    ) -> oip.ModelInferResponse:
+        return _answer(context, lambda: self._infer(request, _deadline(context)))
+
+    def _infer(
+        self, message: oip.ModelInferRequest, deadline: float | None
+    ) -> oip.ModelInferResponse:
+        decoded = decode_request(message, deadline, self._memory)
+        response = self._plane.infer(decoded.request)
+        return encode_response(response, decoded.raw, decoded.placements, self._memory)
+
+    def _stream(
+        self, requests: Iterator[oip.ModelInferRequest], context: grpc.ServicerContext
+    ) -> Iterator[oip.ModelStreamInferResponse]:
+        deadline = _deadline(context)
+        while (message := self._streams.next(requests, context)) is not None:
+            yield self._stream_answer(message, deadline)
+
+    def _stream_answer(
+        self, message: oip.ModelInferRequest, deadline: float | None
+    ) -> oip.ModelStreamInferResponse:
+        try:
+            answer = self._infer(message, deadline)
+        except ScoringError as error:
+            text = error.message
+        except Exception:
+            log.exception("a scoring request hit a defect of the server")
+            text = _DEFECT
+        else:
+            answer.parameters["triton_final_response"].bool_param = True
+            return oip.ModelStreamInferResponse(infer_response=answer)
+        return oip.ModelStreamInferResponse(
+            error_message=text,
+            infer_response=oip.ModelInferResponse(
+                model_name=message.model_name, model_version=message.model_version, id=message.id
+            ),
+        )
+
+    def model_config(
+        self, request: oip.ModelConfigRequest, context: grpc.ServicerContext
+    ) -> oip.ModelConfigResponse:
+        return _answer(
+            context, lambda: extensions.model_config(self._plane, request.name, request.version)
+        )
+
+    def model_statistics(
+        self, request: oip.ModelStatisticsRequest, context: grpc.ServicerContext
+    ) -> oip.ModelStatisticsResponse:
+        return _answer(
+            context,
+            lambda: extensions.model_statistics(self._plane, request.name, request.version),
+        )
+
+    def repository_index(
+        self, request: oip.RepositoryIndexRequest, context: grpc.ServicerContext
+    ) -> oip.RepositoryIndexResponse:
+        return _answer(context, lambda: extensions.repository_index(self._plane, request.ready))
+
+    def repository_model_load(
+        self, request: oip.RepositoryModelLoadRequest, context: grpc.ServicerContext
+    ) -> oip.RepositoryModelLoadResponse:
+        def load() -> oip.RepositoryModelLoadResponse:
+            repository.load(self._plane, request.model_name, bool(request.parameters))
+            return oip.RepositoryModelLoadResponse()
+
+        return _answer(context, load)
+
+    def repository_model_unload(
+        self, request: oip.RepositoryModelUnloadRequest, context: grpc.ServicerContext
+    ) -> oip.RepositoryModelUnloadResponse:
+        def unload() -> oip.RepositoryModelUnloadResponse:
+            repository.unload(self._plane, request.model_name)
+            return oip.RepositoryModelUnloadResponse()
+
+        return _answer(context, unload)
+
+    def system_shared_memory_status(
+        self, request: oip.SystemSharedMemoryStatusRequest, context: grpc.ServicerContext
+    ) -> oip.SystemSharedMemoryStatusResponse:
+        return _answer(context, lambda: extensions.shared_memory_status(self._memory, request.name))
+
+    def system_shared_memory_register(
+        self, request: oip.SystemSharedMemoryRegisterRequest, context: grpc.ServicerContext
+    ) -> oip.SystemSharedMemoryRegisterResponse:
+        def register() -> oip.SystemSharedMemoryRegisterResponse:
+            self._memory.register(request.name, request.key, request.offset, request.byte_size)
+            return oip.SystemSharedMemoryRegisterResponse()
+
+        return _answer(context, register)
+
+    def system_shared_memory_unregister(
+        self, request: oip.SystemSharedMemoryUnregisterRequest, context: grpc.ServicerContext
+    ) -> oip.SystemSharedMemoryUnregisterResponse:
+        self._memory.unregister(request.name)
+        return oip.SystemSharedMemoryUnregisterResponse()
+
+    def cuda_shared_memory_status(
+        self, request: oip.CudaSharedMemoryStatusRequest, context: grpc.ServicerContext
+    ) -> oip.CudaSharedMemoryStatusResponse:
+        _no_cuda(context)
+
+    def cuda_shared_memory_register(
+        self, request: oip.CudaSharedMemoryRegisterRequest, context: grpc.ServicerContext
+    ) -> oip.CudaSharedMemoryRegisterResponse:
+        _no_cuda(context)
+
+    def cuda_shared_memory_unregister(
+        self, request: oip.CudaSharedMemoryUnregisterRequest, context: grpc.ServicerContext
+    ) -> oip.CudaSharedMemoryUnregisterResponse:
+        _no_cuda(context)
+
+    def trace_setting(
+        self, request: oip.TraceSettingRequest, context: grpc.ServicerContext
+    ) -> oip.TraceSettingResponse:
+        return _answer(context, lambda: extensions.trace_setting(request))
+
+    def log_settings(
+        self, request: oip.LogSettingsRequest, context: grpc.ServicerContext
+    ) -> oip.LogSettingsResponse:
+        return _answer(context, lambda: extensions.log_settings(request))
+
+
+class HealthService:
+    """grpc.health.v1.Health: the whole server ("") and the inference service are as ready as the
+    data plane."""
+
+    def __init__(self, plane: DataPlane, streams: StreamPool) -> None:
+        self._plane = plane
+        self._streams = streams
+        self.watch = streams.served(self._watch)
+
+    def check(
+        self, request: health.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health.HealthCheckResponse:
+        status = self._status(request.service)
+        if status == health.HealthCheckResponse.SERVICE_UNKNOWN:
+            context.abort(
+                grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r} here"
+            )
+        return health.HealthCheckResponse(status=status)
+
+    def _watch(
+        self, request: health.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> Iterator[health.HealthCheckResponse]:
+        told = None
+        while context.is_active():
+            status = self._status(request.service)
+            if status != told:
+                told = status
+                yield health.HealthCheckResponse(status=status)
+            if self._streams.stopping.wait(_WATCH_SECONDS):
+                return
+
+    def _status(self, service: str) -> health.HealthCheckResponse.ServingStatus:
+        if service not in ("", INFERENCE.full_name, HEALTH.full_name):
+            return health.HealthCheckResponse.SERVICE_UNKNOWN
+        if self._plane.ready():
+            return health.HealthCheckResponse.SERVING
+        return health.HealthCheckResponse.NOT_SERVING
+
+
+def _deadline(context: grpc.ServicerContext) -> float | None:
+    remaining = context.time_remaining()
+    if remaining is None or remaining >= _LONGEST_SECONDS:
+        return None
+    return time.monotonic() + remaining
+
+
+def _answer(context: grpc.ServicerContext, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except ScoringError as error:
+        if error.retry_after is not None:
+            # Clients with a retry policy heed it (gRPC proposal A6).
+            milliseconds = str(max(1, round(error.retry_after * 1000)))
+            context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
+        context.abort(_STATUS[error.code], error.message)
+    except Exception:
+        log.exception("a scoring request hit a defect of the server")
+        context.abort(grpc.StatusCode.INTERNAL, _DEFECT)
+
+
+def _no_cuda(context: grpc.ServicerContext) -> NoReturn:
+    context.abort(
+        grpc.StatusCode.UNIMPLEMENTED,
+        "this device has no CUDA; use system shared memory or send the tensors",
+    )

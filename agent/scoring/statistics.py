@@ -1,0 +1,128 @@
+"""What a loaded model did, counted the way Triton counts it.
+
+Source: Triton's statistics extension (`ModelStatistics`) and its metrics `nv_inference_*`. Times
+are nanoseconds. A request with a batch of 8 items counts one success and 8 inferences; an execution
+is one run of the model, whatever it carried.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..clock import SystemClock
+from .errors import Code
+
+# Clients choose the sizes: beyond this many, executions are counted in the totals only.
+_MOST_SIZES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How often, and how long in all."""
+
+    count: int = 0
+    ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatistics:
+    """Executions that carried one and the same number of items."""
+
+    size: int
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One moment. `last_inference`: milliseconds since 1970, 0 for never. `pending`: requests that
+    wait for their turn. `fail` has the failures of every code together, `failures` each."""
+
+    success: Duration = Duration()
+    fail: Duration = Duration()
+    failures: Mapping[Code, int] = field(default_factory=dict)
+    queue: Duration = Duration()
+    compute_input: Duration = Duration()
+    compute_infer: Duration = Duration()
+    compute_output: Duration = Duration()
+    inference_count: int = 0
+    execution_count: int = 0
+    last_inference: int = 0
+    pending: int = 0
+    batches: tuple[BatchStatistics, ...] = ()
+
+
+class Statistics:
+    """Counts of one instance. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clock = SystemClock()
+        self._success = self._success_ns = 0
+        self._fail_ns = 0
+        self._failures: dict[Code, int] = {}
+        self._queue_ns = 0
+        self._inferences = 0
+        self._last: float | None = None
+        # Executions, their requests, and ns of stacking, running and splitting: all, and by items.
+        self._total = [0, 0, 0, 0, 0]
+        self._batches: dict[int, list[int]] = {}
+
+    def succeeded(self, ns: int, queue_ns: int, items: int) -> None:
+        """One request was answered after `ns`, of which it waited `queue_ns`."""
+        with self._lock:
+            self._success += 1
+            self._success_ns += ns
+            self._queue_ns += queue_ns
+            self._inferences += items
+            self._last = self._clock.monotonic()
+
+    def failed(self, code: Code, ns: int) -> None:
+        with self._lock:
+            self._failures[code] = self._failures.get(code, 0) + 1
+            self._fail_ns += ns
+
+    def executed(
+        self, items: int, requests: int, input_ns: int, infer_ns: int, output_ns: int
+    ) -> None:
+        """The model ran once for `requests` requests with `items` items together."""
+        values = (1, requests, input_ns, infer_ns, output_ns)
+        with self._lock:
+            counts = self._batches.get(items)
+            if counts is None and len(self._batches) < _MOST_SIZES:
+                counts = self._batches[items] = [0, 0, 0, 0, 0]
+            for index, value in enumerate(values):
+                self._total[index] += value
+                if counts is not None:
+                    counts[index] += value
+
+    def snapshot(self, pending: int = 0) -> Snapshot:
+        with self._lock:
+            failed = sum(self._failures.values())
+            executions, requests, *spent = self._total
+            return Snapshot(
+                success=Duration(self._success, self._success_ns),
+                fail=Duration(failed, self._fail_ns),
+                failures=dict(self._failures),
+                queue=Duration(self._success, self._queue_ns),
+                compute_input=Duration(requests, spent[0]),
+                compute_infer=Duration(requests, spent[1]),
+                compute_output=Duration(requests, spent[2]),
+                inference_count=self._inferences,
+                execution_count=executions,
+                last_inference=self._last_inference(),
+                pending=pending,
+                batches=tuple(
+                    BatchStatistics(size, *(Duration(counts[0], ns) for ns in counts[2:]))
+                    for size, counts in sorted(self._batches.items())
+                ),
+            )
+
+    def _last_inference(self) -> int:
+        if self._last is None:
+            return 0
+        ago = self._clock.monotonic() - self._last
+        return int((self._clock.now().timestamp() - ago) * 1000)
