@@ -357,7 +357,8 @@ class Broker:
             properties=properties,
         )
         connection = self._live.get(session.client_id)
-        if connection is not None and connection.session is session:
+        # A connection that ended and was not cleared away yet takes nothing any more.
+        if connection is not None and connection.session is session and connection.is_open:
             connection.publish(copy)
         elif qos:
             session.enqueue(copy, asyncio.get_running_loop().time())
