@@ -181,7 +181,9 @@ class Instance:
             free_sizes=bool(optional) or any(-1 in spec.shape[1:] for spec in specs),
             now=now,
         )
-        self._idle = threading.Condition()
+        # Taken directly where nobody waits: a Condition's own `with` costs more.
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._in_flight = 0
         self._closing = False
 
@@ -229,16 +231,16 @@ class Instance:
 
     def begin(self) -> bool:
         """Claim the instance for one request; False when it is being closed. Ends with `end`."""
-        with self._idle:
+        with self._lock:
             if self._closing:
                 return False
             self._in_flight += 1
             return True
 
     def end(self) -> None:
-        with self._idle:
+        with self._lock:
             self._in_flight -= 1
-            if self._in_flight == 0:
+            if self._in_flight == 0 and self._closing:
                 self._idle.notify_all()
 
     def run(

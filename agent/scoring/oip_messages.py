@@ -48,7 +48,7 @@ def decode_request(
         for index, tensor in enumerate(inputs)
         if tensor.parameters and (placement := _placement(tensor.parameters)) is not None
     }
-    sent = [tensor for index, tensor in enumerate(inputs) if index not in shared]
+    sent = [t for index, t in enumerate(inputs) if index not in shared] if shared else inputs
     typed = [tensor.HasField("contents") for tensor in sent]
     is_raw = check_contents([tensor.name for tensor in sent], typed, len(raw))
     contents = iter(raw)

@@ -16,6 +16,7 @@ from .errors import Code
 
 # Clients choose the sizes: beyond this many, executions are counted in the totals only.
 _MOST_SIZES = 64
+_OTHER_SIZES = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,7 @@ class Statistics:
         self._queue_ns = 0
         self._inferences = 0
         self._last: float | None = None
-        # Executions, their requests, and ns of stacking, running and splitting: all, and by items.
-        self._total = [0, 0, 0, 0, 0]
+        # items -> executions, their requests, and ns of stacking, running and splitting.
         self._batches: dict[int, list[int]] = {}
 
     def succeeded(self, ns: int, queue_ns: int, items: int) -> None:
@@ -89,20 +89,37 @@ class Statistics:
         self, items: int, requests: int, input_ns: int, infer_ns: int, output_ns: int
     ) -> None:
         """The model ran once for `requests` requests with `items` items together."""
-        values = (1, requests, input_ns, infer_ns, output_ns)
         with self._lock:
-            counts = self._batches.get(items)
-            if counts is None and len(self._batches) < _MOST_SIZES:
-                counts = self._batches[items] = [0, 0, 0, 0, 0]
-            for index, value in enumerate(values):
-                self._total[index] += value
-                if counts is not None:
-                    counts[index] += value
+            self._executed(items, requests, input_ns, infer_ns, output_ns)
+
+    def answered_alone(self, items: int, ns: int, infer_ns: int) -> None:
+        """One request was run at once and alone: `succeeded` and `executed` in one."""
+        with self._lock:
+            self._success += 1
+            self._success_ns += ns
+            self._inferences += items
+            self._last = self._clock.monotonic()
+            self._executed(items, 1, 0, infer_ns, 0)
+
+    def _executed(
+        self, items: int, requests: int, input_ns: int, infer_ns: int, output_ns: int
+    ) -> None:
+        counts = self._batches.get(items)
+        if counts is None:
+            if len(self._batches) >= _MOST_SIZES:
+                items = _OTHER_SIZES
+            counts = self._batches.setdefault(items, [0, 0, 0, 0, 0])
+        counts[0] += 1
+        counts[1] += requests
+        counts[2] += input_ns
+        counts[3] += infer_ns
+        counts[4] += output_ns
 
     def snapshot(self, pending: int = 0) -> Snapshot:
         with self._lock:
             failed = sum(self._failures.values())
-            executions, requests, *spent = self._total
+            columns = zip(*self._batches.values(), strict=True)
+            executions, requests, *spent = [sum(column) for column in columns] or [0] * 5
             return Snapshot(
                 success=Duration(self._success, self._success_ns),
                 fail=Duration(failed, self._fail_ns),
@@ -118,6 +135,7 @@ class Statistics:
                 batches=tuple(
                     BatchStatistics(size, *(Duration(counts[0], ns) for ns in counts[2:]))
                     for size, counts in sorted(self._batches.items())
+                    if size != _OTHER_SIZES
                 ),
             )
 

@@ -130,6 +130,7 @@ def write_folder(
     version: str = "1",
     sample: dict[str, Any] | None = None,
     more_variants: Sequence[dict[str, str]] = (),
+    batching: dict[str, Any] | None = None,
 ) -> Path:
     """A model folder with model.json and one ONNX variant; the folder."""
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,8 @@ def write_folder(
         "outputs": [{"name": n, "datatype": d, "shape": list(s)} for n, d, s in outputs],
         "variants": [*more_variants, {"kind": "onnx", "path": "onnx/model.onnx"}],
     }
+    if batching is not None:
+        document["batching"] = batching
     if sample is not None:
         (folder / "sample.json").write_text(json.dumps(sample))
         document["sample"] = "sample.json"
