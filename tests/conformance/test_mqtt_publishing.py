@@ -477,7 +477,7 @@ async def test_messages_expire_until_they_were_sent() -> None:
 
         def message(name: str, seconds: int, retain: bool = False) -> Publish:
             expiry = Properties(message_expiry_interval=seconds)
-            return Publish(f"t/{name}", b"", 2, retain, packet_id=1, properties=expiry)
+            return Publish(f"t/{name}", b"x", 2, retain, packet_id=1, properties=expiry)
 
         for one in (message("begun", 1), message("short", 1, True), message("long", 600, True)):
             await peer.send(one, PubRel(1))
