@@ -29,8 +29,9 @@ help:
 demo: $(VENV)/demo.stamp
 	@$(BIN)/gatelet demo
 
+# By file: a file's tests share what they start.
 test: lint typecheck
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 unit: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/unit
