@@ -11,7 +11,6 @@ opened (`gatelet.simulator.board`).
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import logging
 import os
@@ -23,24 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BackendError, LoadError
+from ..parent import die_with_parent
 from .board import Board, board_named, detect_board
 from .driver import FabricDriver
 from .server import FabricServer
 
 _LOG = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends (prctl(2))."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        # The parent ended before the kernel was told.
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _parser() -> argparse.ArgumentParser:
