@@ -167,7 +167,7 @@ class Outbox:
         self._work = _Work()
         self._committing: asyncio.Task[None] | None = None
         self._again = False
-        self._damaged = False
+        self._damaged = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._removing: dict[int, str] = {}
         self.changed = asyncio.Event()
@@ -218,8 +218,9 @@ class Outbox:
 
     async def tidy(self) -> None:
         """Drop what expired or exceeds the limits, store the age of the rest, try again what
-        a full disk prevented."""
-        self._commit_soon()
+        a full disk prevented. An outbox at rest writes nothing."""
+        if self._messages or self._removing or self._work.puts or self._error:
+            self._commit_soon()
         await self.settle()
 
     async def settle(self) -> None:
@@ -258,6 +259,7 @@ class Outbox:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._closed = True
         self._disconnect()
 
     # -- inside --------------------------------------------------------------------------------
@@ -397,12 +399,18 @@ class Outbox:
         self._fault("committed")
         self._messages, self._bytes, self._dropped = messages, size, dropped
         if not messages:
-            try:
-                # A plain execute() stops after its first page.
-                db.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES});")
-            except sqlite3.Error as error:  # what counts is committed
-                log.debug("the file keeps its size: %s", error)
+            self._shrink(db)
         return [self._id(sequence) for sequence in sequences]
+
+    @staticmethod
+    def _shrink(db: sqlite3.Connection) -> None:
+        try:
+            (free,) = db.execute("PRAGMA freelist_count").fetchone()
+            if free >= _VACUUM_PAGES:
+                # A plain execute() stops after its first page.
+                db.executescript("PRAGMA incremental_vacuum;")
+        except sqlite3.Error as error:  # what counts is committed
+            log.debug("the file keeps its size: %s", error)
 
     @staticmethod
     def _end(db: sqlite3.Connection) -> None:
@@ -479,6 +487,8 @@ class Outbox:
     def _open(self) -> None:
         """Raises sqlite3.Error or OSError. A damaged file is moved aside: telemetry is lost then,
         but the agent goes on."""
+        if self._closed:
+            raise OSError("it is closed")
         if not self._damaged:
             try:
                 self._connect()

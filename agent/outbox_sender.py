@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 RETRY_BASE_SECONDS = 0.5
 RETRY_CAP_SECONDS = 60.0
-TIDY_SECONDS = 60.0
+TIDY_SECONDS = 300.0
 
 
 class OutboxSender:

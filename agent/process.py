@@ -151,6 +151,8 @@ class Agent:
         self._starts: dict[str, Start] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._began = clock.now()
+        # Once: it reads and parses the metadata file, and a report is made with every pass.
+        self._version = AgentVersion(version("gatelet"))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set or a part of the agent fails, whose error is raised."""
@@ -229,7 +231,7 @@ class Agent:
         if self._board is not None:
             details["board"] = {"name": self._board.name, "part": self._board.part}
         return build_reported(
-            version=AgentVersion(version("gatelet")),
+            version=self._version,
             platform=Platform(platform.system().lower(), platform.machine(), platform.release()),
             desired=DesiredStatus(
                 *desired_status(source, seen.get(source), latest, last_good, snapshot.failures)

@@ -164,8 +164,9 @@ class Publisher:
 
     async def disconnected(self, source: str, reason: str) -> None:
         link = self._links[source]
-        if link.connected or link.reason != reason:
-            log.warning("%s: not connected: %s", source, reason)
+        if not link.connected and link.reason == reason:
+            return  # one more failed attempt is no news, and there may be thousands
+        log.warning("%s: not connected: %s", source, reason)
         link.connected, link.reason = False, reason
         self._on_link_change()
 

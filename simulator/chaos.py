@@ -1,0 +1,566 @@
+"""A thousand hours of bad luck: the real agent on a virtual clock, against seeded random faults.
+
+    python -m gatelet.simulator.chaos --seeds 5 --hours 1000
+
+Deployments and telemetry are produced all the time while links, hub, registry, scoring process,
+disk and wall clock fail and the agent is restarted and killed. Then the faults cease, and the
+device must reach what is desired, say so, and have delivered every message it ever took. The same
+seed gives the same run, event for event: `trace` is a hash over all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import logging
+import sqlite3
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..agent.manifest import ManifestError, parse_manifest
+from ..agent.outbox import Limits, OutboxError, Telemetry
+from .chaos_device import MemoryImages, MemoryScoring, image_digest
+from .chaos_life import DEVICE, Life, register_tasks
+from .chaos_link import MemoryHubLink, Weather
+from .iothub.devices import ClientId
+from .iothub.hub import Hub
+from .iothub.state import HubState
+from .iothub.telemetry import Message
+from .virtual_time import VirtualClock, run
+
+CLIENT = ClientId(DEVICE, "$edgeAgent")
+HOUR = 3600.0
+FAULT_HOURS, DESIRE_HOURS, TELEMETRY_SECONDS = 6.0, 6.0, 900.0
+"""Mean times between events at pace 1."""
+
+SETTLE_HOURS = 6.0
+MODULES = ("digits", "words", "faces", "sounds")
+DISK_LIMIT_BYTES = 48 * 1024 * 1024
+
+
+class ChaosFailed(AssertionError):
+    """The run ended in a state it must not end in; the message says which and names the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run. `trace` identifies everything that happened, `counts` what was done and suffered."""
+
+    seed: int
+    hours: float
+    trace: str
+    counts: dict[str, int]
+    code: int
+    peak_disk_bytes: int
+
+
+@dataclass
+class Ledger:
+    """What the device promised to deliver, and what the hub got."""
+
+    note: Callable[[str], None]
+    promised: dict[str, int] = field(default_factory=dict)
+    """Message id -> priority."""
+    received: dict[str, bytes] = field(default_factory=dict)
+    newest: dict[int, int] = field(default_factory=dict)
+    events: set[tuple[str, int]] = field(default_factory=set)
+    duplicates: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def take(self, message: Message) -> None:
+        message_id = message.system["message-id"]
+        digest = hashlib.sha256(message.body).digest()
+        self.note(f"hub got {message_id}")
+        if message_id in self.received:
+            self.duplicates += 1
+            if self.received[message_id] != digest:
+                self.problems.append(f"{message_id} came twice with different bodies")
+            return
+        self.received[message_id] = digest
+        body = json.loads(message.body)
+        if "deployment" in body:
+            self.events.add((body["event"], body["deployment"]["generation"]))
+        priority = int(message.properties.get("priority", -1))
+        sequence = int(message_id.rpartition("-")[2])
+        if sequence < self.newest.get(priority, 0):
+            self.problems.append(f"{message_id} overtook {self.newest[priority]} of its priority")
+        self.newest[priority] = max(sequence, self.newest.get(priority, 0))
+
+    def missing(self) -> list[str]:
+        return [message_id for message_id in self.promised if message_id not in self.received]
+
+
+class Scenario:
+    """The world of one run."""
+
+    def __init__(
+        self, seed: int, hours: float, folder: Path, clock: VirtualClock, pace: float = 1.0
+    ) -> None:
+        """`pace` multiplies how often everything happens."""
+        self.seed = seed
+        self.hours = hours
+        self.pace = pace
+        self.folder = folder
+        self.clock = clock
+        self.random = Random(seed)
+        self.weather = Weather()
+        self.counts: dict[str, int] = {}
+        self._trace = hashlib.sha256()
+        self._disk_full = False
+        self._peak = 0
+        self._life: Life | None = None
+        self._link: MemoryHubLink | None = None
+        self.ledger = Ledger(self.note)
+        self.hub = Hub("chaos.azure-devices.net", HubState(), clock)
+        self.hub.put_identity(ClientId(DEVICE), {"capabilities": {"iotEdge": True}})
+        self.images = MemoryImages(self._fork(), self.note, self._kept)
+        self.scoring = MemoryScoring(self._fork(), self.note, self._lasting)
+        self._versions = 0
+
+    def note(self, event: str) -> None:
+        """Everything that happens goes into the trace."""
+        self._trace.update(f"{self.clock.monotonic():.3f} {event}\n".encode())
+        kind = " ".join(event.split(" ", 2)[:2]) if event.startswith("fault") else event.split()[0]
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+    def _fork(self) -> Random:
+        return Random(self.random.getrandbits(64))
+
+    # -- what must hold at any time ------------------------------------------------------------
+
+    def _deployments(self) -> list[Any]:
+        store = self.life.store
+        return [d for d in (store.latest(), store.last_good()) if d is not None]
+
+    def _kept(self) -> frozenset[str]:
+        return frozenset(
+            digest
+            for deployment in self._deployments()
+            for digest in self.life.store.pins(deployment.generation).values()
+        )
+
+    def _lasting(self) -> frozenset[str]:
+        wanted = [
+            frozenset(module.name for module in parse_manifest(deployment.body).modules)
+            for deployment in self._deployments()
+        ]
+        return frozenset.intersection(*wanted) if wanted else frozenset()
+
+    # -- the agent -----------------------------------------------------------------------------
+
+    @property
+    def life(self) -> Life:
+        if self._life is None:
+            raise RuntimeError("no agent runs")
+        return self._life
+
+    def start_agent(self) -> None:
+        self._link = MemoryHubLink(self.hub, CLIENT, self.weather, self._fork(), self.ledger.take)
+        self._life = Life(
+            self.folder,
+            self.clock,
+            self._link,
+            self.images,
+            self.scoring,
+            self._fork(),
+            Limits(32 * 1024 * 1024, None),
+            self._outbox_fault,
+        )
+        self._life.start()
+        self._life.spawn(self._produce(self._life, self._fork()))
+        self.note("started agent")
+
+    def _outbox_fault(self, point: str) -> None:
+        if self._disk_full and point == "inserted":
+            raise sqlite3.OperationalError("database or disk is full")
+
+    async def _produce(self, life: Life, random: Random) -> None:
+        """A module on the device that always has something to tell."""
+        number = 0
+        while True:
+            await asyncio.sleep(random.expovariate(self.pace / TELEMETRY_SECONDS))
+            for _ in range(random.choice((1, 1, 1, 5))):
+                number += 1
+                priority = random.choice((0, 3, 5, 5, 9))
+                body = json.dumps({"n": number, "x": "x" * random.randint(0, 400)}).encode()
+                message = Telemetry(body, properties={"priority": str(priority)}, priority=priority)
+                try:
+                    message_id = await life.outbox.put(message)
+                except OutboxError:
+                    self.note("refused telemetry")
+                else:
+                    self.ledger.promised[message_id] = priority
+
+    # -- the cloud -----------------------------------------------------------------------------
+
+    def desire(self, kind: str) -> None:
+        """Desire something new. `kind`: good, broken, deadly, invalid, changed or again."""
+        random = self.random
+        desired = self.hub.twin(CLIENT).desired.value
+        self.note(f"desired {kind}")
+        if kind == "again":
+            change: dict[str, Any] = {"tags": {"touched": random.random()}}
+        elif kind == "invalid":
+            change = {"properties": {"desired": {"schemaVersion": random.choice(("9.9", 7))}}}
+        elif kind == "changed" and desired.get("modules"):
+            name = random.choice(sorted(desired["modules"]))
+            module = {"settings": {"image": self._image(name, "good")}}
+            # Whatever was wrong with the schema is put right with it.
+            patch = {"schemaVersion": "1.1", "modules": {name: module}}
+            change = {"properties": {"desired": patch}}
+        else:
+            names = random.sample(MODULES, random.randint(1, len(MODULES)))
+            special = random.choice(names)
+            modules = {
+                name: {
+                    "type": "docker",
+                    "status": "running",
+                    "restartPolicy": "always",
+                    "version": "1.0",
+                    "settings": {
+                        "image": self._image(name, kind if name == special else "good"),
+                        "createOptions": "",
+                    },
+                }
+                for name in sorted(names)
+            }
+            whole = {
+                "schemaVersion": "1.1",
+                "runtime": {"type": "docker", "settings": {"minDockerVersion": "v1.25"}},
+                "systemModules": {
+                    "edgeAgent": {"type": "docker", "settings": {"image": "gatelet:1"}}
+                },
+                "modules": modules,
+            }
+            self.hub.update_twin(CLIENT, {"properties": {"desired": whole}}, whole=True)
+            return
+        self.hub.update_twin(CLIENT, change)
+
+    def _image(self, name: str, kind: str) -> str:
+        self._versions += 1
+        image = f"registry.example/{name}:{self._versions}"
+        if kind == "broken":
+            self.scoring.broken.add(image_digest(image))
+        elif kind == "deadly":
+            self.scoring.deadly.add(image_digest(image))
+        return image
+
+    async def _operate(self) -> None:
+        kinds = (
+            ("good",) * 8 + ("changed",) * 8 + ("broken", "broken", "deadly", "invalid", "again")
+        )
+        while True:
+            self.desire(self.random.choice(kinds))
+            await asyncio.sleep(self.random.expovariate(self.pace / (DESIRE_HOURS * HOUR)))
+
+    # -- the faults ----------------------------------------------------------------------------
+
+    async def _storm(self) -> None:
+        """One fault after the other, a few at a time, for ever."""
+        pending: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                self.life.check()
+                self._peak = max(self._peak, self.disk_bytes())
+                if self.scoring.violations or self.images.violations or self.ledger.problems:
+                    return
+                fault = self.random.choice(FAULTS)
+                self.note(f"fault {fault.__name__.strip('_')}")
+                task = asyncio.ensure_future(fault(self))
+                pending.add(task)
+                task.add_done_callback(pending.discard)
+                # Restarts are one at a time; they are short.
+                if fault in (_restart, _kill):
+                    await task
+                await asyncio.sleep(self.random.expovariate(self.pace / (FAULT_HOURS * HOUR)))
+        finally:
+            for task in pending:
+                task.cancel()
+
+    def disk_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+
+    # -- the run -------------------------------------------------------------------------------
+
+    async def play(self) -> Outcome:
+        """Raises ChaosFailed."""
+        register_tasks(asyncio.get_running_loop())
+        self.start_agent()
+        jobs = [asyncio.ensure_future(self._operate()), asyncio.ensure_future(self._storm())]
+        await asyncio.wait(jobs, timeout=self.hours * HOUR, return_when=asyncio.FIRST_COMPLETED)
+        for job in jobs:
+            if job.done() and not job.cancelled():
+                job.result()
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        self.calm()
+        last = self.random.choice(("good", "good", "broken", "deadly", "invalid", "changed"))
+        if last in ("changed", "invalid"):
+            self.desire("good")
+        self.desire(last)
+        code = await self._settle()
+        counts = {
+            **self.counts,
+            "telemetry": len(self.ledger.received),
+            "duplicates": self.ledger.duplicates,
+            "deployments": self.life.store.latest().generation,  # type: ignore[union-attr]
+        }
+        await self.life.stop()
+        trace = self._trace.hexdigest()[:16]
+        return Outcome(self.seed, self.hours, trace, counts, code, self._peak)
+
+    def calm(self) -> None:
+        """All faults cease."""
+        self.note("calm")
+        self.weather.clear()
+        self.scoring.up = self.images.registry_up = True
+        self.scoring.errors = self.images.errors = 0.0
+        self._disk_full = False
+
+    async def _settle(self) -> int:
+        """Until nothing is wrong any more; returns the code that is reported then."""
+        problems = [""]
+        for _ in range(int(SETTLE_HOURS * HOUR / 10)):
+            await asyncio.sleep(10)
+            self.life.check()
+            problems = self.problems()
+            if not problems:
+                return int(self.hub.twin(CLIENT).reported.value["lastDesiredStatus"]["code"])
+        raise ChaosFailed(f"seed {self.seed}, {self.hours:g} h: " + "; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """Everything that is not as it must be in the end; empty when all is well."""
+        found = [*self.scoring.violations, *self.images.violations, *self.ledger.problems]
+        twin = self.hub.twin(CLIENT)
+        reported = twin.reported.value
+        store = self.life.store
+        latest, good = store.latest(), store.last_good()
+        if latest is None:
+            return [*found, "nothing was ever deployed"]
+        if reported.get("lastDesiredVersion") != twin.desired.version:
+            found.append(
+                f"desired is {twin.desired.version}, reported {reported.get('lastDesiredVersion')}"
+            )
+            return found
+        status = reported["lastDesiredStatus"]
+        expected = self._expected_code(twin.desired.value)
+        if status["code"] != expected:
+            found.append(f"code {status['code']} ({status['description']}) instead of {expected}")
+        back = "rolled back to deployment" if good is not None else "no earlier good deployment"
+        if expected == 500 and back not in status["description"]:
+            found.append(f"the report does not say {back}: {status['description']}")
+        goal = good if latest.phase == "failed" and good is not None else latest
+        if goal is good:
+            wanted = {m.name: image_digest(m.image) for m in parse_manifest(goal.body).modules}
+            if self.scoring.serving() != wanted:
+                found.append(f"serving {self.scoring.serving()} instead of {wanted}")
+            running = {n: m["runtimeStatus"] for n, m in reported["modules"].items()}
+            if running != dict.fromkeys(wanted, "running"):
+                found.append(f"reported modules {running}, wanted {sorted(wanted)}")
+            if not set(wanted.values()) <= self.images.stored_digests <= self._kept():
+                found.append(f"{len(self.images.stored_digests)} images in the store")
+        if missing := self.ledger.missing():
+            found.append(f"{len(missing)} messages lost, such as {missing[0]}")
+        accepted = {("deployment.accepted", n + 1) for n in range(latest.generation)}
+        if unsaid := accepted - self.ledger.events:
+            found.append(f"{len(unsaid)} deployments were never announced")
+        outbox = self.life.outbox.status()
+        if outbox.messages or outbox.error or outbox.dropped:
+            found.append(f"the outbox holds {outbox.messages}, {outbox.dropped} {outbox.error}")
+        if self._peak > DISK_LIMIT_BYTES:
+            found.append(f"{self._peak} bytes on disk at the worst time")
+        return found
+
+    def _expected_code(self, desired: dict[str, Any]) -> int:
+        try:
+            manifest = parse_manifest(json.dumps(desired).encode())
+        except ManifestError as error:
+            return error.code
+        digests = {image_digest(module.image) for module in manifest.modules}
+        return 500 if digests & (self.scoring.broken | self.scoring.deadly) else 200
+
+
+# Each fault takes its time and then ends by itself; `calm` ends all.
+
+
+async def _link_down(s: Scenario) -> None:
+    # Minutes to days, evenly over the magnitudes.
+    seconds = 60 * (3 * 24 * 60) ** (s.random.random() ** 1.5)
+    s.weather.up = False
+    s.life.link.cut("the network is down")
+    await asyncio.sleep(seconds)
+    s.weather.up = True
+
+
+async def _link_silent(s: Scenario) -> None:
+    s.weather.silent = True
+    await asyncio.sleep(s.random.uniform(10, 2 * HOUR))
+    s.weather.silent = False
+
+
+async def _link_flaps(s: Scenario) -> None:
+    for _ in range(s.random.randint(2, 20)):
+        s.life.link.cut("flapping")
+        await asyncio.sleep(s.random.uniform(0.1, 30))
+
+
+async def _lossy(s: Scenario) -> None:
+    w = s.weather
+    w.breaks, w.acknowledgement_lost, w.answer_lost = (s.random.uniform(0, 0.2) for _ in range(3))
+    w.latency = s.random.choice((0.05, 1.0, 8.0))
+    await asyncio.sleep(s.random.uniform(60, 6 * HOUR))
+    w.breaks = w.acknowledgement_lost = w.answer_lost = 0.0
+    w.latency = 0.05
+
+
+async def _bad_patches(s: Scenario) -> None:
+    w = s.weather
+    w.patch_lost, w.patch_late, w.patch_twice = (s.random.uniform(0, 0.7) for _ in range(3))
+    for _ in range(s.random.randint(1, 6)):
+        s.desire("changed")
+        await asyncio.sleep(s.random.uniform(0, 60))
+    await asyncio.sleep(s.random.uniform(60, HOUR))
+    w.patch_lost = w.patch_late = w.patch_twice = 0.0
+
+
+async def _throttled(s: Scenario) -> None:
+    s.weather.throttled = s.random.uniform(0.3, 1.0)
+    s.weather.refused = s.random.uniform(0.0, 0.7)
+    await asyncio.sleep(s.random.uniform(60, 2 * HOUR))
+    s.weather.throttled = s.weather.refused = 0.0
+
+
+async def _registry_down(s: Scenario) -> None:
+    s.images.registry_up = False
+    await asyncio.sleep(s.random.uniform(60, 8 * HOUR))
+    s.images.registry_up = True
+
+
+async def _registry_errors(s: Scenario) -> None:
+    s.images.errors = s.random.uniform(0.1, 0.8)
+    await asyncio.sleep(s.random.uniform(60, 4 * HOUR))
+    s.images.errors = 0.0
+
+
+async def _scoring_crash(s: Scenario) -> None:
+    for _ in range(s.random.choice((1, 1, 2))):
+        s.scoring.crash()
+        await asyncio.sleep(s.random.uniform(1, 600))
+
+
+async def _scoring_away(s: Scenario) -> None:
+    s.scoring.crash()
+    s.scoring.up = False
+    await asyncio.sleep(s.random.uniform(1, HOUR))
+    s.scoring.up = True
+
+
+async def _scoring_errors(s: Scenario) -> None:
+    s.scoring.errors = s.random.uniform(0.1, 0.8)
+    await asyncio.sleep(s.random.uniform(60, HOUR))
+    s.scoring.errors = 0.0
+
+
+async def _disk_full(s: Scenario) -> None:
+    s._disk_full = True
+    await asyncio.sleep(s.random.uniform(60, 4 * HOUR))
+    s._disk_full = False
+
+
+async def _wall_clock(s: Scenario) -> None:
+    s.clock.skew = timedelta(days=s.random.uniform(-3650, 3650))
+
+
+async def _restart(s: Scenario) -> None:
+    await s.life.stop()
+    await asyncio.sleep(s.random.uniform(0, 10))
+    s.start_agent()
+
+
+async def _kill(s: Scenario) -> None:
+    for _ in range(s.random.choice((1, 1, 3))):
+        await s.life.kill()
+        await asyncio.sleep(s.random.uniform(0, 10))
+        s.start_agent()
+        await asyncio.sleep(s.random.uniform(0, 100))
+
+
+FAULTS = (
+    _link_down,
+    _link_silent,
+    _link_flaps,
+    _lossy,
+    _bad_patches,
+    _throttled,
+    _registry_down,
+    _registry_errors,
+    _scoring_crash,
+    _scoring_away,
+    _scoring_errors,
+    _disk_full,
+    _wall_clock,
+    _restart,
+    _kill,
+    _kill,
+)
+
+
+def play(seed: int, hours: float, folder: Path, pace: float = 1.0) -> Outcome:
+    """One run in an empty `folder`. Raises ChaosFailed."""
+
+    async def main(clock: VirtualClock) -> Outcome:
+        return await Scenario(seed, hours, folder, clock, pace).play()
+
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # some hundred thousand warnings, all of them on purpose
+    try:
+        return run(main)
+    finally:
+        logging.disable(level)
+
+
+def memory_folder() -> str | None:
+    """Where synchronous commits cost nothing, if there is such a place."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m gatelet.simulator.chaos", description=__doc__.split("\n", 1)[0]
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how many runs (1)")
+    parser.add_argument("--first", type=int, default=1, help="the first seed (1)")
+    parser.add_argument("--hours", type=float, default=1000.0, help="virtual hours of each (1000)")
+    parser.add_argument("--pace", type=float, default=1.0, help="how often things happen (1)")
+    options = parser.parse_args(arguments)
+    failed = 0
+    for seed in range(options.first, options.first + options.seeds):
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+            try:
+                outcome = play(seed, options.hours, Path(folder), options.pace)
+            except ChaosFailed as error:
+                failed += 1
+                print(f"seed {seed}: FAILED: {error}", flush=True)
+                continue
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(outcome.counts.items()))
+        print(
+            f"seed {seed}: {options.hours:g} h in {time.monotonic() - began:.1f} s, trace "
+            f"{outcome.trace}, code {outcome.code}, disk {outcome.peak_disk_bytes // 1024} KiB; "
+            f"{counts}",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
