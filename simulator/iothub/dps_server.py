@@ -24,6 +24,7 @@ from .dps import DpsFaults, ProvisioningService, Registration
 from .dps_enrollments import Enrollment, parse_enrollment
 from .dps_mqtt import LIMITS, DpsDeviceServer
 from .dps_rest import OPEN, make_application
+from .rest_requests import end_connections
 from .server import IotHub
 from .state import StateUnreadable
 
@@ -142,7 +143,7 @@ class Provisioning:
             server.close()
         self._devices.drop_connections()
         if runner is not None:
-            await runner.cleanup()
+            await end_connections(runner)
         if server is not None:
             await asyncio.wait(
                 {asyncio.ensure_future(server.wait_closed())}, timeout=_CLOSE_SECONDS

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from ...agent.clock import Clock
 from ...agent.twin.merge_patch import make_patch
 from . import sas
+from .c2d import CloudQueues
 from .client_certificates import ClientCertificate, load_authorities
 from .configurations_rollout import Rollout
 from .credentials import Gate, Login
@@ -22,6 +23,7 @@ from .rates import RateLimits, Throttle
 from .state import HubState
 from .telemetry import Message, TelemetryStore
 from .twins import Twin
+from .uploads import Uploads
 
 METHOD_PAYLOAD_LIMIT = 128 * 1024
 TELEMETRY_LIMIT = 256 * 1024
@@ -63,6 +65,8 @@ class Hub:
         self.authorities: dict[str, str] = {}
         self.telemetry = TelemetryStore()
         self.rollout = Rollout(self, state)
+        self.c2d = CloudQueues(self)
+        self.uploads = Uploads(f"storage.{host_name}", self.clock)
         self._changed = changed
         self._links: dict[ClientId, Link] = {}
         self._activity: dict[ClientId, str] = {}
@@ -147,6 +151,7 @@ class Hub:
             self.state.subscriptions.pop(client, None)
         self._changed()
         self.touch(client)
+        self.c2d.pump(client)
 
     def drop_connections(self) -> None:
         for link in list(self._links.values()):
@@ -176,6 +181,7 @@ class Hub:
             self.state.twins.pop(gone, None)
             self.state.subscriptions.pop(gone, None)
             self.rollout.forget(gone)
+            self.c2d.forget(gone)
             self._drop(gone, "the identity was deleted")
         self._changed()
 
@@ -333,7 +339,7 @@ class Hub:
             "connectionState": "Connected" if self.connected(client) else "Disconnected",
             "connectionStateUpdatedTime": self._activity.get(client, _NEVER),
             "lastActivityTime": self._activity.get(client, _NEVER),
-            "cloudToDeviceMessageCount": 0,
+            "cloudToDeviceMessageCount": self.c2d.count(client),
             "authentication": identity.authentication_view(),
         }
         if client.module:
@@ -359,7 +365,7 @@ class Hub:
             "statusUpdateTime": _NEVER,
             "connectionState": "Connected" if self.connected(client) else "Disconnected",
             "lastActivityTime": self._activity.get(client, _NEVER),
-            "cloudToDeviceMessageCount": 0,
+            "cloudToDeviceMessageCount": self.c2d.count(client),
             "authenticationType": identity.authentication,
             "x509Thumbprint": identity.authentication_view()["x509Thumbprint"],
             "capabilities": {"iotEdge": device.edge},

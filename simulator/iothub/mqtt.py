@@ -63,7 +63,10 @@ class DeviceLink:
     def subscribed(self, topic: str) -> bool:
         return self._granted(topic) is not None
 
-    def deliver(self, topic: str, payload: bytes, done: Done | None = None) -> None:
+    def deliver(self, topic: str, payload: bytes) -> None:
+        self.deliver_settled(topic, payload, None)
+
+    def deliver_settled(self, topic: str, payload: bytes, done: Done | None) -> None:
         qos = self._granted(topic)
         if qos is None:
             if done is not None:
@@ -100,7 +103,8 @@ class DeviceLink:
         return True
 
     def closed(self) -> None:
-        """Nothing is to happen any more."""
+        """Nothing is to happen any more; what the cloud's queues gave goes back to them."""
+        self.session.withdraw(lambda publish: publish.topic.startswith("devices/"))
         for timer in (self._expiry_timer, self._delay_timer):
             if timer is not None:
                 timer.cancel()
@@ -188,7 +192,8 @@ class DeviceServer:
         hub.attach(client, link)
         if hub.faults.take("drop_after_connack"):
             asyncio.get_running_loop().call_soon(connection.close)
-        elif login.expiry is not None and hub.faults.take("expire_tokens"):
+        asyncio.get_running_loop().call_soon(hub.c2d.pump, client)
+        if login.expiry is not None and hub.faults.take("expire_tokens"):
             asyncio.get_running_loop().call_soon(link.drop, "its token expired on request")
         return Accepted(session, present)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from . import rest_fleet, rest_page, sas
+from . import rest_fleet, rest_messages, rest_page, sas
 from .devices import ClientId
 from .errors import HubError, invalid
 from .hub import Hub
@@ -42,6 +42,7 @@ def make_application(hub: Hub, page: PageAccess | None = None) -> web.Applicatio
         add.add_post(base + "/methods", routes.invoke_method)
     add.add_get("/telemetry", routes.query_telemetry)
     rest_fleet.add_routes(application, hub)
+    rest_messages.add_routes(application, hub)
     if page is not None:
         rest_page.add_routes(application, hub, page)
     return application

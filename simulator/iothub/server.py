@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -17,6 +18,7 @@ from ..mqtt.connection import Connection
 from ..pki import Pki
 from . import state as states
 from .client_certificates import ask_for_certificate
+from .device_https import make_device_application
 from .devices import ClientId, Identity
 from .faults import Faults
 from .hub import Hub
@@ -46,9 +48,14 @@ class IotHub:
         pki: Pki,
         clock: Clock | None = None,
         state_dir: Path | None = None,
+        service_port: int = 0,
     ) -> None:
-        """Raises state.StateUnreadable when `state_dir` holds something else."""
+        """`service_port` is the port of the service side, 0 lets the system choose.
+
+        Raises state.StateUnreadable when `state_dir` holds something else.
+        """
         self._pki = pki
+        self._service_port = service_port
         self._file = None if state_dir is None else state_dir / "hub.json"
         state = states.HubState() if self._file is None else states.load(self._file)
         self.core = Hub(host_name, state, clock or SystemClock(), self._state_changed)
@@ -60,6 +67,8 @@ class IotHub:
         self._mqtt: asyncio.Server | None = None
         self._rest: web.AppRunner | None = None
         self._rest_port = 0
+        self._https: web.AppRunner | None = None
+        self._device_context: ssl.SSLContext | None = None
         self.page_token = secrets.token_urlsafe(24)
 
     # Where it is, and what it takes to get in.
@@ -80,6 +89,28 @@ class IotHub:
         if not self._rest_port:
             raise RuntimeError("the hub is not started")
         return self._rest_port
+
+    @property
+    def https_port(self) -> int:
+        """What devices reach as "{host_name}:443" and "{storage_host}:443": MQTT over websockets,
+        file upload and the storage it goes to.
+        """
+        if self._https is None or not self._https.addresses:
+            raise RuntimeError("the hub is not started")
+        return int(self._https.addresses[0][1])
+
+    @property
+    def storage_host(self) -> str:
+        return self.core.uploads.storage_host
+
+    @property
+    def routes(self) -> dict[str, tuple[str, int]]:
+        """All that a ConnectProxy needs for devices."""
+        return {
+            f"{self.host_name}:8883": (_LOOPBACK, self.mqtt_port),
+            f"{self.host_name}:443": (_LOOPBACK, self.https_port),
+            f"{self.storage_host}:443": (_LOOPBACK, self.https_port),
+        }
 
     @property
     def rest_url(self) -> str:
@@ -146,6 +177,7 @@ class IotHub:
             self._reserved.bind((_LOOPBACK, 0))
             await self.resume()
             await self._start_rest()
+            await self._start_https()
         except BaseException:
             await self.stop()
             raise
@@ -157,18 +189,30 @@ class IotHub:
             shutdown_timeout=_CLOSE_SECONDS,
         )
         await self._rest.setup()
-        site = web.TCPSite(self._rest, _LOOPBACK, 0, ssl_context=self._tls())
+        site = web.TCPSite(self._rest, _LOOPBACK, self._service_port, ssl_context=self._tls())
         await site.start()
         self._rest_port = int(self._rest.addresses[0][1])
+
+    async def _start_https(self) -> None:
+        application = make_device_application(
+            self.core,
+            lambda: None if self.paused else Connection(self._devices, LIMITS),
+            lambda: self._devices.certificates,
+        )
+        self._https = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
+        await self._https.setup()
+        await web.TCPSite(self._https, _LOOPBACK, 0, ssl_context=self._device_tls()).start()
 
     async def stop(self) -> None:
         await self.pause()
         if self._rest is not None:
             await end_connections(self._rest)
+        if self._https is not None:
+            await end_connections(self._https)
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None
-        self._rest, self._rest_port = None, 0
+        self._rest, self._rest_port, self._https = None, 0, None
         if self._save_timer is not None:
             self._save_timer.cancel()
             self._save()
@@ -203,12 +247,13 @@ class IotHub:
         self.core.drop_connections()
 
     def _device_tls(self) -> ssl.SSLContext:
-        context = self._tls()
-        self._devices.certificates = ask_for_certificate(context)
-        return context
+        if self._device_context is None:
+            self._device_context = self._tls([self.storage_host])
+            self._devices.certificates = ask_for_certificate(self._device_context)
+        return self._device_context
 
-    def _tls(self) -> ssl.SSLContext:
-        return self._pki.server_context([self.host_name, "localhost", _LOOPBACK])
+    def _tls(self, more: Sequence[str] = ()) -> ssl.SSLContext:
+        return self._pki.server_context([self.host_name, "localhost", _LOOPBACK, *more])
 
     def _state_changed(self) -> None:
         if self._file is None or self._save_timer is not None:

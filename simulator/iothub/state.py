@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .c2d import CloudMessage
 from .configurations import Configuration
 from .devices import ClientId, Identity, Registry
 from .twins import Twin
@@ -37,6 +38,7 @@ class HubState:
     configurations: dict[str, Configuration] = field(default_factory=dict)
     assignments: dict[ClientId, dict[str, str]] = field(default_factory=dict)
     deployed: dict[str, list[str]] = field(default_factory=dict)
+    messages: dict[ClientId, list[CloudMessage]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -48,6 +50,7 @@ class HubState:
             "configurations": [one.as_json() for one in self.configurations.values()],
             "assignments": {str(client): status for client, status in self.assignments.items()},
             "deployed": self.deployed,
+            "messages": [one.as_json() for queue in self.messages.values() for one in queue],
         }
 
     @classmethod
@@ -55,6 +58,9 @@ class HubState:
         if data["format"] != _FORMAT:
             raise ValueError(f"format {data['format']} instead of {_FORMAT}")
         parse = ClientId.parse
+        messages: dict[ClientId, list[CloudMessage]] = {}
+        for one in map(CloudMessage.from_json, data.get("messages", ())):
+            messages.setdefault(one.target, []).append(one)
         return cls(
             Registry(Identity.from_json(item) for item in data["identities"]),
             {parse(client): Twin.from_json(twin) for client, twin in data["twins"].items()},
@@ -65,6 +71,7 @@ class HubState:
             },
             assignments={parse(c): dict(s) for c, s in data.get("assignments", {}).items()},
             deployed=dict(data.get("deployed", {})),
+            messages=messages,
         )
 
 

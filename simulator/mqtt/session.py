@@ -218,6 +218,19 @@ class Session:
         if self._journal is not None:
             self._journal.arrived(self.client_id, packet_id)
 
+    def withdraw(self, wanted: Callable[[Publish], bool]) -> None:
+        """Drop the unfinished QoS 1 and 2 messages that `wanted` picks; another client, or a later
+        connection, may get them instead.
+        """
+        for packet_id, outgoing in list(self._in_flight.items()):
+            if wanted(outgoing.publish):
+                self._finish(packet_id, None)
+        kept = deque(one for one in self._queue if not wanted(one.publish))
+        gone = [one for one in self._queue if wanted(one.publish)]
+        self._queue = kept
+        for outgoing in gone:
+            self._drop(outgoing)
+
     def release(self, packet: PubRel) -> PubComp:
         """The client will not send this QoS 2 message again."""
         if packet.packet_id in self.received:
