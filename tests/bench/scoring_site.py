@@ -31,6 +31,7 @@ class Site:
 
     address: str
     control: ScoringStub
+    server: GrpcServer | None = None
 
     def load(self, instance: str, folder: Path, **options: object) -> pb.InstanceStatus:
         request = pb.LoadRequest(
@@ -93,7 +94,7 @@ def serve(
     control.start()
     try:
         with grpc.insecure_channel(f"unix:{socket}") as channel:
-            yield Site(server.address, ScoringStub(channel))
+            yield Site(server.address, ScoringStub(channel), server)
     finally:
         server.stop(2.0)
         control.stop()
