@@ -194,7 +194,7 @@ class DeviceServer:
             asyncio.get_running_loop().call_soon(connection.close)
         asyncio.get_running_loop().call_soon(hub.c2d.pump, client)
         if login.expiry is not None and hub.faults.take("expire_tokens"):
-            asyncio.get_running_loop().call_soon(link.drop, "its token expired on request")
+            asyncio.get_running_loop().call_soon(connection.close)
         return Accepted(session, present)
 
     async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
