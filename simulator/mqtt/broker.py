@@ -37,7 +37,7 @@ from .retained import RetainedMessages
 from .session import NEVER, Session
 from .store import Store
 from .subscriptions import Entry, SubscriptionTree
-from .topics import split_shared
+from .topics import split_shared, topic_problem
 from .websocket import WebsocketListener
 from .wills import Wills
 
@@ -177,6 +177,8 @@ class Broker:
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> None:
         """Publish as the broker itself. Raises ValueError for an invalid topic."""
+        if problem := topic_problem(topic):
+            raise ValueError(f"cannot publish to {topic!r}: {problem}")
         self._route(Publish(topic, payload, qos, retain), None)
 
     # Handler
@@ -318,8 +320,8 @@ class Broker:
 
     def _route(self, publish: Publish, origin: Session | None) -> int:
         """Keep and hand out a message; how many sessions it goes to."""
-        publish = replace(publish, dup=False, packet_id=0)
         if publish.retain:
+            publish = replace(publish, dup=False, packet_id=0)
             kept = self._retained.keep(publish, asyncio.get_running_loop().time())
             if self._store is not None:
                 self._store.retain(publish.topic, kept)
@@ -348,14 +350,10 @@ class Broker:
         as_published = any(entry.subscription.retain_as_published for entry in entries)
         identifiers = tuple(e.identifier for e in entries if e.identifier is not None)
         properties = publish.properties
-        if identifiers or properties != NO_PROPERTIES:
+        if identifiers or properties is not NO_PROPERTIES:
             properties = replace(properties, subscription_identifiers=identifiers)
-        copy = replace(
-            publish,
-            qos=qos,
-            retain=retained or (publish.retain and as_published),
-            properties=properties,
-        )
+        retain = retained or (publish.retain and as_published)
+        copy = Publish(publish.topic, publish.payload, qos, retain, False, 0, properties)
         connection = self._live.get(session.client_id)
         # A connection that ended and was not cleared away yet takes nothing any more.
         if connection is not None and connection.session is session and connection.is_open:

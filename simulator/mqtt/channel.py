@@ -29,6 +29,7 @@ class Channel(asyncio.Protocol):
         self._limits = limits
         self._before_write = before_write
         self._decoder = Decoder(limits.max_packet_size)
+        self.version = self._decoder.version
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[Packet | MalformedPacket | None] = deque()
         self._arrived = asyncio.Event()
@@ -43,10 +44,6 @@ class Channel(asyncio.Protocol):
         self._keepalive = 0.0
         self._last_received = 0.0
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def version(self) -> int:
-        return self._decoder.version
 
     @property
     def peername(self) -> Any:
@@ -94,6 +91,7 @@ class Channel(asyncio.Protocol):
         except MalformedPacket as error:
             self._inbox.extend(error.packets)
             self._inbox.append(error)
+        self.version = self._decoder.version
         self._unhandled = self._unhandled + len(data) if self._inbox else 0
         if self._unhandled > _UNHANDLED_BYTES and not self._reading_paused:
             self._reading_paused = True

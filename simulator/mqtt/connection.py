@@ -86,6 +86,7 @@ class Connection(Channel):
         self._closed = asyncio.Event()
         self._open_connections = open_connections
         self._corked = False
+        self._window = self._limits.in_flight
         self._disconnect: Disconnect | None = None
         self._inbound = InboundAliases(self._limits.topic_alias_maximum)
         self._outbound: OutboundAliases | None = None
@@ -126,10 +127,7 @@ class Connection(Channel):
         session = self.session
         if session is None:
             return
-        window = self.connect.properties.receive_maximum or (
-            65_535 if self.version == V5 else self._limits.in_flight
-        )
-        window = min(window, self._limits.in_flight)
+        window = self._window
         size = 0
         while self.is_open and not self._corked and self._writable.is_set():
             packet = session.next_packet(self._loop.time(), window)
@@ -199,6 +197,7 @@ class Connection(Channel):
         if not isinstance(packet, Connect):
             raise _Refusal(ReasonCode.PROTOCOL_ERROR, "the first packet is not CONNECT")
         self.connect = packet
+        self._window = min(packet.properties.receive_maximum or 65_535, self._limits.in_flight)
         if packet.version not in self._limits.versions:
             raise _Refusal(ReasonCode.UNSUPPORTED_PROTOCOL_VERSION, "this version is not served")
         if packet.version == V311 and not packet.client_id and not packet.clean_start:

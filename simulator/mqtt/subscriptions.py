@@ -9,6 +9,9 @@ from .packets import Subscription
 from .session import Session
 from .topics import split_shared
 
+_REMEMBERED = 1024
+_REMEMBERED_LENGTH = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -35,9 +38,11 @@ class SubscriptionTree:
 
     def __init__(self) -> None:
         self._root = _Node()
+        self._found: dict[str, tuple[list[Entry], list[dict[str, Entry]]]] = {}
 
     def add(self, entry: Entry) -> bool:
         """Add or replace; whether it is new for this client [MQTT-3.8.4-3]."""
+        self._found.clear()
         share, topic_filter = split_shared(entry.subscription.topic_filter)
         node = self._root
         for level in topic_filter.split("/"):
@@ -49,6 +54,7 @@ class SubscriptionTree:
 
     def remove(self, client_id: str, topic_filter: str) -> bool:
         """Whether there was such a subscription."""
+        self._found.clear()
         share, plain = split_shared(topic_filter)
         path = [self._root]
         levels = plain.split("/")
@@ -73,11 +79,18 @@ class SubscriptionTree:
 
         A client with overlapping filters appears once for each.
         """
+        # Devices publish to the same few topics again and again.
+        if (found := self._found.get(topic)) is not None:
+            return found
         plain: list[Entry] = []
         groups: list[dict[str, Entry]] = []
         for node in self._nodes(topic):
             plain.extend(node.entries.values())
             groups.extend(node.shared.values())
+        if len(topic) <= _REMEMBERED_LENGTH:
+            if len(self._found) >= _REMEMBERED:
+                self._found.clear()
+            self._found[topic] = plain, groups
         return plain, groups
 
     def _nodes(self, topic: str) -> Iterator[_Node]:

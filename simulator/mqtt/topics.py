@@ -39,6 +39,8 @@ def filter_problem(topic_filter: str) -> str | None:
 def _string_problem(text: str) -> str | None:
     if "\0" in text:
         return "U+0000 is not allowed"
+    if text.isascii() and len(text) <= _MAX_BYTES:
+        return None
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
