@@ -106,6 +106,8 @@ class MqttConfig(_Section, frozen=True):
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    passphrase_file: Path | None = None
+    tls: bool = False
 
 
 class RegistryConfig(_Section, frozen=True):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +29,10 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from ..clock import Clock, SystemClock
+from ..identity.sources import CertificateFiles
 from .backoff import full_jitter
 from .merge_patch import apply_patch
+from .mqtt_tls import TlsFiles, TlsWatch
 from .paho_connection import V5, V311, ConnectFailed, Login, Message, PahoConnection
 from .transport import Desired, MethodResult, TransportUnavailable, TwinSink
 
@@ -47,8 +48,9 @@ class MqttSettings:
     """Where the broker is and who we are. Times in seconds.
 
     TLS is used when any of `ca_file`, `cert_file` and `tls` is set; without `ca_file` the system's
-    authorities are trusted. Files are read again for every connection, so renewed certificates
-    count from the next one. Raises ValueError for names that cannot stand in a topic.
+    authorities are trusted. Files are read again for every connection; renewed ones, looked for
+    every `watch_interval`, are tried out first and then lead to a new connection, before which the
+    session keeps all messages. Raises ValueError for names that cannot stand in a topic.
     """
 
     host: str
@@ -60,9 +62,11 @@ class MqttSettings:
     ca_file: str | Path | None = None
     cert_file: str | Path | None = None
     key_file: str | Path | None = None
+    passphrase_file: str | Path | None = None
     keepalive: int = 60
     tls: bool = False
     client_id: str = ""
+    watch_interval: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.device_id or set(self.device_id) & set("/+#\0"):
@@ -78,6 +82,19 @@ class MqttSettings:
     def topics(self) -> str:
         """The prefix with the device id filled in."""
         return self.prefix.replace("{device}", self.device_id).rstrip("/")
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """None without TLS."""
+        client = None
+        if self.cert_file:
+            # A file may hold both.
+            word = Path(self.passphrase_file) if self.passphrase_file else None
+            key = Path(self.key_file or self.cert_file)
+            client = CertificateFiles(Path(self.cert_file), key, word)
+        if not (self.tls or self.ca_file or client):
+            return None
+        return TlsFiles(Path(self.ca_file) if self.ca_file else None, client)
 
 
 class MqttTransport:
@@ -113,6 +130,14 @@ class MqttTransport:
         self._reported: Mapping[str, Any] = {}
         self._report_lock = asyncio.Lock()
         self._ready: PahoConnection | None = None
+        files = settings.tls_files
+        self._tls: TlsWatch | None = None
+        if files is not None:
+            self._tls = TlsWatch(files, settings.host, settings.port, connect_timeout)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What people should know while all still works: expiring and refused certificates."""
+        return self._tls.warnings(self._clock.now()) if self._tls else ()
 
     async def run(self, sink: TwinSink) -> None:
         attempt = 0
@@ -130,6 +155,9 @@ class MqttTransport:
                     continue
             finally:
                 self._session = max(self._session, link.newest_session)
+            if link.renewed:
+                attempt = 0
+                continue
             if link.was_up or reason != told:
                 told = reason
                 _log.warning("MQTT %s: %s", self._settings.host, reason)
@@ -194,7 +222,7 @@ class MqttTransport:
             version=self._version,
             username=settings.username or None,
             password=settings.password or None,
-            tls=_tls_context(settings),
+            tls=self._tls.context() if self._tls else None,
             keepalive=self._keepalive,
         )
 
@@ -215,6 +243,7 @@ class _Link:
         self._early: list[Message] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.was_up = False
+        self.renewed = False
         self.newest_session = session
 
     async def serve(self) -> str:
@@ -223,11 +252,21 @@ class _Link:
         self._connection = PahoConnection(transport._login(self._session), self._on_message)
         await self._connection.open(transport._connect_timeout)
         worker = asyncio.create_task(self._work())
+        ends: set[asyncio.Future[Any]] = {worker, self._connection.lost}
+        renewal: asyncio.Task[None] | None = None
+        if transport._tls is not None:
+            interval = transport._settings.watch_interval
+            renewal = asyncio.create_task(transport._tls.renewed(interval, _log.warning))
+            self._tasks.add(renewal)
+            ends.add(renewal)
         try:
-            either: set[asyncio.Future[Any]] = {worker, self._connection.lost}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if worker.done():
                 await worker
+            if renewal is not None and renewal.done() and not self._connection.lost.done():
+                await renewal
+                self.renewed = True
+                return "the certificate was renewed"
             return self._connection.lost.result()
         except asyncio.CancelledError:
             await self._say_goodbye()
@@ -421,19 +460,3 @@ def _version_of(body: bytes) -> int:
         return 0
     version = document.get("$version") if isinstance(document, dict) else None
     return version if isinstance(version, int) and not isinstance(version, bool) else 0
-
-
-def _tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
-    """Raises TransportUnavailable: the files may be put right while we keep trying."""
-    if not (settings.tls or settings.ca_file or settings.cert_file):
-        return None
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file or None)
-        if settings.cert_file:
-            context.load_cert_chain(settings.cert_file, settings.key_file or None)
-    except (OSError, ValueError) as error:
-        files = ", ".join(
-            str(file) for file in (settings.ca_file, settings.cert_file, settings.key_file) if file
-        )
-        raise TransportUnavailable(f"cannot use the TLS files {files}: {error}") from error
-    return context

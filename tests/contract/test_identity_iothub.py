@@ -257,3 +257,28 @@ async def test_identity_service_makes_a_new_module(hub_bench: Any) -> None:
         await serves(hub_bench, transport, "d1/fresh")
     finally:
         await edge.stop()
+
+
+@pytest.mark.parametrize("by_certificate", [False, True])
+async def test_websockets_through_the_proxy(hub_bench: Any, by_certificate: bool) -> None:
+    source: Any = hub_bench.hub.connection_string("d2")
+    if by_certificate:
+        hub_bench.hub.core.put_identity(ClientId("d1"), BY_AUTHORITY)
+        source = Registered(HOST, "d1", Certificate(hub_bench).files)
+    # Nothing but port 443 is open.
+    del hub_bench.proxy.routes[f"{HOST}:8883"]
+    hub_bench.proxy.add(f"{HOST}:443", ("127.0.0.1", hub_bench.hub.https_port))
+    transport = await hub_bench.connected(source, websockets=True)
+    await serves(hub_bench, transport, "d1" if by_certificate else "d2")
+    hub_bench.hub.drop_connections()
+    await hub_bench.until(lambda: len(hub_bench.sink.connections) == 2)
+
+
+async def test_proxy_that_refuses_is_told(hub_bench: Any) -> None:
+    source = hub_bench.hub.connection_string("d1")
+    del hub_bench.proxy.routes[f"{HOST}:8883"]
+    hub_bench.run(source)
+    await hub_bench.until(lambda: hub_bench.sink.reasons)
+    assert "403" in hub_bench.sink.reasons[0]
+    hub_bench.proxy.add(f"{HOST}:8883", ("127.0.0.1", hub_bench.hub.mqtt_port))
+    await hub_bench.until(lambda: hub_bench.sink.connections)
