@@ -329,6 +329,8 @@ def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
                     ca_file=mqtt.ca_file,
                     cert_file=mqtt.cert_file,
                     key_file=mqtt.key_file,
+                    passphrase_file=mqtt.passphrase_file,
+                    tls=mqtt.tls,
                 )
             )
         )
