@@ -359,7 +359,7 @@ class Scenario:
         if expected == 500 and back not in status["description"]:
             found.append(f"the report does not say {back}: {status['description']}")
         goal = good if latest.phase == "failed" and good is not None else latest
-        if goal is good:
+        if good is not None and goal.generation == good.generation:
             wanted = {m.name: image_digest(m.image) for m in parse_manifest(goal.body).modules}
             if self.scoring.serving() != wanted:
                 found.append(f"serving {self.scoring.serving()} instead of {wanted}")

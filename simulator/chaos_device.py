@@ -11,7 +11,9 @@ from random import Random
 
 from ..agent.plan import InstanceView, Route
 from ..agent.scoring_env import ScoringOptions
-from ..agent.steps import LoadedModel, Progress, ScoringView, StepFailed
+from ..agent.steps import BackendView, LoadedModel, Progress, ScoringView, StepFailed
+
+_CPU = BackendView("cpu", True, "", 0, 0)
 
 
 def image_digest(image: str) -> str:
@@ -118,7 +120,7 @@ class MemoryScoring:
         if not self.up:
             raise StepFailed("the scoring process does not answer", retryable=True)
         models = tuple(
-            LoadedModel(InstanceView(name, state), "m", "1", (), ())
+            LoadedModel(InstanceView(name, state), "m", "1", (_CPU,), ())
             for name, state in self.states.items()
         )
         return ScoringView(f"boot-{self.boot}", 1, models, self.routes)
