@@ -8,10 +8,30 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from ..accelerators.fpga.board import board_named
+import msgspec
+
 from ..agent.cli.command import CommandError, add_json_option, print_json
-from .site import Site, SiteSettings
+from .board.boards import BOARDS
+from .site import BOARD_DEVICE, Site
+from .site_config import (
+    BROKER,
+    EVERYTHING,
+    HUB,
+    REGISTRY,
+    SiteConfigError,
+    SiteSettings,
+    check,
+    load_settings,
+)
+
+_PARTS = {
+    "up": (EVERYTHING, "a whole site: hub, broker, registry, and an agent.toml for them"),
+    "hub": (frozenset({HUB}), "an IoT Hub, its CONNECT proxy and its web page"),
+    "broker": (frozenset({BROKER}), "an MQTT broker (3.1.1 and 5.0)"),
+    "registry": (frozenset({REGISTRY}), "an OCI registry"),
+}
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,62 +41,122 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Simulated counterparts for the real device SDKs: no cloud, no board.",
     )
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    for name, (_, what) in _PARTS.items():
+        _add_server(kinds, name, what)
+    board = kinds.add_parser(
+        "board",
+        help="the boards that can be simulated, and how an agent gets one",
+        description="A simulated board lives in the agent's own fabric process, so there is "
+        "nothing to start: this prints what its agent.toml says.",
+    )
+    board.add_argument("name", nargs="?", help="one of them (default: all)")
+    add_json_option(board)
+    board.set_defaults(run=_board)
+
+
+def _add_server(kinds: Any, name: str, what: str) -> None:
     up = kinds.add_parser(
-        "up",
-        help="start a whole site and keep it running",
-        description="Starts hub, broker and registry on free ports, writes an agent.toml for "
-        "`gatelet run --config`, and runs until it is interrupted.",
+        name,
+        help=f"start {what.partition(':')[0]} and keep it running",
+        description=f"Starts {what}, on free ports of this machine, and runs until it is "
+        "interrupted. With --json one line tells addresses and credentials as soon as all is "
+        "ready.",
     )
-    up.add_argument("--dir", type=Path, help="keep the site's state here (default: a new folder)")
-    up.add_argument("--device", default="edge-1", help="device id (default: %(default)s)")
-    up.add_argument(
-        "--board", default="pynq-z2", help='simulated board, or "none" (default: %(default)s)'
-    )
-    up.add_argument(
-        "--grpc-address",
-        default="127.0.0.1:8001",
-        help="where the agent of this site serves scoring requests (default: %(default)s)",
-    )
+    up.add_argument("--config", type=Path, metavar="FILE", help="TOML file that describes the site")
+    up.add_argument("--dir", type=Path, help="keep the state here (default: a new folder)")
+    up.add_argument("--device", help="device id (default: edge-1)")
+    if name == "up":
+        up.add_argument("--board", help='simulated board, or "none" (default: pynq-z2)')
+        up.add_argument(
+            "--grpc-address",
+            help="where the agent of this site serves scoring requests (default: 127.0.0.1:8001)",
+        )
     add_json_option(up)
-    up.set_defaults(run=_up)
+    up.set_defaults(run=_up, part=name)
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    if arguments.board != "none" and board_named(arguments.board).part is None:
-        raise CommandError(f"unknown board {arguments.board!r}; pynq-z2 is one that is simulated")
-    if arguments.dir is not None:
-        return asyncio.run(_serve(arguments, arguments.dir.absolute()))
     with tempfile.TemporaryDirectory(prefix="gatelet-site-") as folder:
-        return asyncio.run(_serve(arguments, Path(folder)))
+        try:
+            settings = _settings(arguments, Path(folder))
+        except SiteConfigError as error:
+            raise CommandError(str(error), 2) from error
+        return asyncio.run(_serve(arguments, settings))
 
 
-async def _serve(arguments: argparse.Namespace, folder: Path) -> int:
+def _settings(arguments: argparse.Namespace, folder: Path) -> SiteSettings:
+    """What the file says, and over it what the command line says. Raises SiteConfigError."""
+    base = SiteSettings(folder)
+    if arguments.config is not None:
+        base = load_settings(arguments.config, folder)
+    said = {
+        "folder": arguments.dir,
+        "device": arguments.device,
+        "board": getattr(arguments, "board", None),
+        "grpc_address": getattr(arguments, "grpc_address", None),
+    }
+    changes = {name: value for name, value in said.items() if value is not None}
+    if arguments.part != "up":
+        changes["parts"] = _PARTS[arguments.part][0]
+    settings = msgspec.structs.replace(base, **changes)
+    check(settings)
+    return msgspec.structs.replace(settings, folder=settings.folder.absolute())
+
+
+async def _serve(arguments: argparse.Namespace, settings: SiteSettings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    site = Site(SiteSettings(folder, arguments.device, arguments.board, arguments.grpc_address))
     try:
+        site = Site(settings)
         await site.start()
     except OSError as error:
-        raise CommandError(f"cannot start the site in {folder}: {error}") from error
+        raise CommandError(f"cannot start the site in {settings.folder}: {error}") from error
     try:
         if arguments.json:
             print_json(site.describe())
         else:
-            _tell(site)
+            _tell(site.describe())
         await stop.wait()
     finally:
         await site.stop()
     return 0
 
 
-def _tell(site: Site) -> None:
-    about = site.describe()
-    print(f"IoT Hub    {about['hub']['hostName']} through proxy {about['hub']['proxy']}")
-    print(f"           service API {about['hub']['serviceUrl']}")
-    print(f"broker     {about['broker']['host']}:{about['broker']['port']}")
-    print(f"registry   {about['registry']['address']}")
-    print(f"board      {about['board']['name']}")
-    print(f"\nNow, in another terminal: gatelet run --config {about['agentConfig']}")
-    print("Ctrl-C ends the site.", flush=True)
+def _tell(about: dict[str, Any]) -> None:
+    if "hub" in about:
+        hub = about["hub"]
+        print(f"IoT Hub    {hub['hostName']} through proxy {hub['proxy']}")
+        print(f"           service API {hub['serviceUrl']}, CA in {hub['caFile']}")
+        print(f"           web page {hub['pageUrl']}")
+    if "broker" in about:
+        broker = about["broker"]
+        print(f"broker     {broker['host']}:{broker['port']}, user {broker['username']}")
+    if "registry" in about:
+        print(f"registry   {about['registry']['address']}")
+    if "board" in about:
+        print(f"board      {about['board']['name']}")
+    print(f"control    {about['control']['url']}")
+    if "agentConfig" in about:
+        print(f"\nNow, in another terminal: gatelet run --config {about['agentConfig']}")
+    else:
+        print("\nConnection strings and passwords: the same with --json.")
+    print("Ctrl-C ends it.", flush=True)
     sys.stdout.flush()
+
+
+def _board(arguments: argparse.Namespace) -> int:
+    if arguments.name is not None and arguments.name not in BOARDS:
+        known = ", ".join(sorted(BOARDS))
+        raise CommandError(f"there is no simulated board {arguments.name!r}; there are {known}", 2)
+    boards = [b for name, b in sorted(BOARDS.items()) if arguments.name in (None, name)]
+    if arguments.json:
+        about = [{"name": b.name, "part": b.part, "device": BOARD_DEVICE} for b in boards]
+        print_json(about if arguments.name is None else about[0])
+        return 0
+    for board in boards:
+        print(f"{board.name:<10} {board.part:<20} {board.arch}")
+    if arguments.name is not None:
+        print("\nIn agent.toml:\n")
+        print(f'[device]\nboard = "{arguments.name}"\n\n[fabric]\ndevice = "{BOARD_DEVICE}"')
+    return 0

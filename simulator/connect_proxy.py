@@ -23,9 +23,15 @@ class ConnectProxy:
     `routes` maps "host:port" (host without case) to an address, and may be changed while running.
     """
 
-    def __init__(self, routes: Mapping[str, Target] | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        routes: Mapping[str, Target] | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         self.routes: dict[str, Target] = {}
         self._host = host
+        self._port = port
         self._server: asyncio.Server | None = None
         self._tunnels: set[asyncio.Task[None]] = set()
         for name, target in (routes or {}).items():
@@ -43,7 +49,9 @@ class ConnectProxy:
 
     async def start(self) -> None:
         """Raises OSError."""
-        self._server = await asyncio.start_server(self._accept, self._host, 0, limit=_HEAD_LIMIT)
+        self._server = await asyncio.start_server(
+            self._accept, self._host, self._port, limit=_HEAD_LIMIT
+        )
 
     async def stop(self) -> None:
         if self._server is not None:
