@@ -100,13 +100,22 @@ class CpuSession:
         self._session: Any = session
         self._inputs = tuple(_spec(path, "input", node) for node in session.get_inputs())
         self._outputs = tuple(_spec(path, "output", node) for node in session.get_outputs())
+        self._optional = tuple(
+            _spec(path, "input", node) for node in session.get_overridable_initializers()
+        )
         self._names = [spec.name for spec in self._outputs]
-        self._bytes_inputs = [spec.name for spec in self._inputs if spec.datatype == "BYTES"]
+        everything = (*self._inputs, *self._optional)
+        self._bytes_inputs = [spec.name for spec in everything if spec.datatype == "BYTES"]
         self._errors = _onnxruntime_errors()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         return self._inputs
+
+    @property
+    def optional_inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs that the graph has a default for: initializers that a request may override."""
+        return self._optional
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
