@@ -1,5 +1,6 @@
-"""Port 443 of a hub, for devices: MQTT over websockets, file upload, calls between modules, and the
-storage that uploads go to (the Put Blob, Put Block and Put Block List calls of Azure Storage).
+"""Port 443 of a hub, for devices: MQTT over websockets, file upload, calls between modules, a
+device's own module identities, and the storage that uploads go to (the Put Blob, Put Block and Put
+Block List calls of Azure Storage).
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def make_device_application(
     add.add_post("/devices/{device}/files/notifications/{correlation}", routes.finish_upload)
     for base in ("/devices/{device}", "/devices/{device}/modules/{module}"):
         add.add_post(base + "/messages/events", routes.telemetry)
+    module = "/devices/{device}/modules/{module}"
+    add.add_get(module, routes.get_module)
+    add.add_put(module, routes.put_module)
     for base in ("/twins/{device}", "/twins/{device}/modules/{module}"):
         add.add_post(base + "/methods", routes.invoke_method)
     blob = f"/{CONTAINER}/{{blob:.+}}"
@@ -87,6 +91,18 @@ class _Routes:
         self._hub.accept_telemetry(client, body, "")
         return web.Response(status=204)
 
+    async def get_module(self, request: web.Request) -> web.Response:
+        """A device may look up and make its own modules, as IoT Edge does."""
+        module = self._own_module(request)
+        return web.json_response(self._hub.identity_view(self._hub.state.registry.get(module)))
+
+    async def put_module(self, request: web.Request) -> web.Response:
+        module = self._own_module(request)
+        identity = self._hub.put_identity(
+            module, await _object(request), request.headers.get("If-Match")
+        )
+        return web.json_response(self._hub.identity_view(identity))
+
     async def invoke_method(self, request: web.Request) -> web.Response:
         """From a module of the same device, as `IoTHubModuleClient.invoke_method` calls."""
         caller = ClientId.parse(request.headers.get("x-ms-edge-moduleId", ""))
@@ -134,6 +150,12 @@ class _Routes:
         self._hub.uploads.check(blob, request.query)
         stored = self._hub.uploads.get(blob)
         return web.Response(body=stored.body, content_type=stored.content_type)
+
+    def _own_module(self, request: web.Request) -> ClientId:
+        """Raises HubError 401."""
+        device = ClientId.parse(request.match_info["device"])
+        self._check(request, device)
+        return ClientId.parse(f"{device}/{request.match_info['module']}")
 
     def _caller(self, request: web.Request) -> ClientId:
         device, module = request.match_info["device"], request.match_info.get("module")

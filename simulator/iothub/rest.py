@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from . import rest_fleet, rest_messages, rest_page, sas
+from . import rest_fleet, rest_messages, rest_page
 from .devices import ClientId
 from .errors import HubError, invalid
 from .hub import Hub
@@ -124,10 +124,7 @@ def _errors_and_access(hub: Hub, page: PageAccess | None) -> Any:
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
         try:
             authorization = request.headers.get("Authorization", "")
-            if not (
-                (page is not None and _of_the_page(request, authorization, page))
-                or _of_its_device(hub, request, authorization)
-            ):
+            if not (page is not None and _of_the_page(request, authorization, page)):
                 hub.authorize_service(authorization, request.host)
             return await handler(request)
         except HubError as error:
@@ -138,17 +135,6 @@ def _errors_and_access(hub: Hub, page: PageAccess | None) -> Any:
             )
 
     return middleware
-
-
-def _of_its_device(hub: Hub, request: web.Request, authorization: str) -> bool:
-    """A device may look up and make its own modules, as IoT Edge does. Raises HubError 401."""
-    resource = request.match_info.route.resource
-    if resource is None or not resource.canonical.endswith("/devices/{device}/modules/{module}"):
-        return False
-    if request.method not in ("GET", "PUT") or sas.parse(authorization).policy is not None:
-        return False
-    hub.log_in(ClientId(client_of(request).device), authorization)
-    return True
 
 
 def _of_the_page(request: web.Request, authorization: str, page: PageAccess) -> bool:

@@ -64,8 +64,8 @@ class HubBench:
 
     async def start(self) -> None:
         await self.hub.start()
-        self.proxy.add(f"{HOST}:8883", ("127.0.0.1", self.hub.mqtt_port))
-        self.proxy.add(f"{HOST}:443", ("127.0.0.1", self.hub.rest_port))
+        for name, target in self.hub.routes.items():
+            self.proxy.add(name, target)
         await self.proxy.start()
 
     async def stop(self) -> None:

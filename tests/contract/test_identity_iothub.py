@@ -170,6 +170,12 @@ async def test_edge_agent_of_a_devices_connection_string(hub_bench: Any) -> None
     await serves(hub_bench, transport, "d1/$edgeAgent")
 
 
+async def test_module_of_a_device_with_a_certificate(hub_bench: Any) -> None:
+    hub_bench.hub.core.put_identity(ClientId("d1"), BY_AUTHORITY)
+    device = Registered(HOST, "d1", Certificate(hub_bench).files)
+    await serves(hub_bench, await hub_bench.connected(ModuleOf(device, "m")), "d1/m")
+
+
 async def test_module_key_that_the_hub_keeps_to_itself(
     hub_bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +273,6 @@ async def test_websockets_through_the_proxy(hub_bench: Any, by_certificate: bool
         source = Registered(HOST, "d1", Certificate(hub_bench).files)
     # Nothing but port 443 is open.
     del hub_bench.proxy.routes[f"{HOST}:8883"]
-    hub_bench.proxy.add(f"{HOST}:443", ("127.0.0.1", hub_bench.hub.https_port))
     transport = await hub_bench.connected(source, websockets=True)
     await serves(hub_bench, transport, "d1" if by_certificate else "d2")
     hub_bench.hub.drop_connections()
