@@ -161,7 +161,7 @@ class Decoder:
 
     def _check_first(self, first: int) -> None:
         kind = first >> 4
-        if kind == 0 or (kind == at.AUTH and self._version == V311):
+        if kind == 0 or (kind == at.AUTH and self.version == V311):
             raise MalformedPacket(
                 ReasonCode.MALFORMED_PACKET, f"there is no packet type {kind}", "2.1.2"
             )
