@@ -1,7 +1,8 @@
 """What our gRPC server costs beside a bare onnxruntime loop: `python tests/bench/bench_scoring.py`.
 
-Prints requests/s, p50 and p99 at several concurrencies, requests run singly and together, then the
-start time and the memory of the scoring process. The client is nghttp2's h2load with a request
+Prints requests/s, p50 and p99 at several concurrencies, requests run singly and together, first of
+the data plane without a protocol, then over gRPC; `gain` is together against singly. Then the start
+time and the memory of the scoring process. The client is nghttp2's h2load with a request
 encoded beforehand where it is installed, since a Python client costs as much as the server; else
 blocking Python clients in processes of their own. Client and server share the machine's cores, so
 compare rows of one run with each other, not runs with each other.
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,12 @@ from typing import Any
 
 import grpc
 import numpy as np
+from gatelet.accelerators.cpu import CpuBackend
+from gatelet.agent.scoring.dataplane import DataPlane
+from gatelet.agent.scoring.errors import ScoringError
+from gatelet.agent.scoring.loading import InstanceOptions, Loaded
+from gatelet.agent.scoring.routing import Target, make_route
+from gatelet.agent.scoring.types import InferenceRequest, Tensor
 from gatelet.protos import open_inference_pb2 as oip
 from gatelet.protos.services import InferenceStub
 
@@ -87,6 +95,9 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
             batching={"max": MAX_BATCH},
         )
     rows = [_bare(name, folders[name], seconds) for name in options.models]
+    for name in options.models:
+        for c in options.concurrency:
+            rows += [_data_plane(name, way, folders[name], c, seconds) for way in WAYS]
     served = _with_h2load if options.client == "h2load" else _served
     print(f"client: {options.client}")
     started = time.perf_counter()
@@ -191,6 +202,54 @@ def _bare(name: str, folder: Path, seconds: float) -> Row:
     return _row(name, "onnxruntime loop", 1, [times], cpu)
 
 
+def _data_plane(name: str, way: str, folder: Path, concurrency: int, seconds: float) -> Row:
+    """What an event loop's transport gets: requests submitted without a thread each, `concurrency`
+    of them under way all the time. Times are spread over the threads that answer."""
+    options = InstanceOptions(max_batch=WAYS[way])
+    loaded = Loaded(folder, options, {"cpu": CpuBackend()}, name)
+    loaded.probe()
+    plane = DataPlane("bench")
+    plane.switch([make_route(name, Target(loaded.instance, "1", 0))])
+    request = InferenceRequest(name, (Tensor("x", "FP32", _input(name)),))
+    times: list[float] = []
+    finished = threading.Semaphore(0)
+    clock = time.perf_counter
+    end = clock() + seconds
+
+    def ask() -> None:
+        began = clock()
+
+        def done(value: object) -> None:
+            if isinstance(value, ScoringError):
+                raise SystemExit(f"data plane: {value}")
+            now = clock()
+            times.append(now - began)
+            if now < end:
+                ask()
+            else:
+                finished.release()
+
+        plane.submit(request, done)
+
+    cpu = time.process_time()
+    for _ in range(concurrency):
+        ask()
+    for _ in range(concurrency):
+        finished.acquire()
+    cpu = time.process_time() - cpu
+    loaded.instance.close(1.0)
+    times.sort()
+    return Row(
+        name,
+        f"data plane {way}",
+        concurrency,
+        len(times) / seconds,
+        statistics.median(times),
+        times[int(len(times) * 0.99)],
+        cpu / len(times),
+    )
+
+
 def _served(
     name: str, way: str, scoring: scoring_site.ScoringProcess, concurrency: int, seconds: float
 ) -> Row:
@@ -279,10 +338,14 @@ def _print(rows: Sequence[Row]) -> None:
         f"{'CPU us':>7} {'rate/bare':>9} {'p50/bare':>9} {'gain':>5}"
     )
     bare = {row.model: row for row in rows if row.what == "onnxruntime loop"}
-    singly = {(row.model, row.concurrency): row for row in rows if row.what.endswith("singly")}
+    singly = {
+        (row.model, row.what.removesuffix("singly"), row.concurrency): row
+        for row in rows
+        if row.what.endswith("singly")
+    }
     for row in sorted(rows, key=lambda row: (row.model, row.what != "onnxruntime loop")):
         reference = bare[row.model]
-        single = singly.get((row.model, row.concurrency))
+        single = singly.get((row.model, row.what.removesuffix("together"), row.concurrency))
         gain = (
             f"{row.per_second / single.per_second:>5.2f}"
             if single is not None and row.what.endswith("together")
