@@ -1,0 +1,42 @@
+"""One Verilated core per set of parameters, shared by all tests of a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from gatelet.accelerators.rtl import PRESETS, CoreConfig
+from gatelet.simulator.board.rtl_core import RtlEngine, missing_tools
+
+SMALL = CoreConfig(
+    pe=16,
+    simd=16,
+    requantisers=2,
+    activation_words=64,
+    weight_words=64,
+    parameter_rows=64,
+    layers=4,
+)
+
+
+def _engine(config: CoreConfig) -> Iterator[RtlEngine]:
+    problem = missing_tools()
+    if problem and os.environ.get("CI") != "true":
+        pytest.skip(problem)
+    # In CI a missing tool fails here, with the tool's name.
+    engine = RtlEngine(config)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[RtlEngine]:
+    """The core for the PYNQ-Z2."""
+    yield from _engine(PRESETS["pynq-z2"])
+
+
+@pytest.fixture(scope="session")
+def small_engine() -> Iterator[RtlEngine]:
+    """Other proportions, and memories that are soon full."""
+    yield from _engine(SMALL)

@@ -1,0 +1,295 @@
+"""ONNX -> program and what stays on the CPU; whole models split between both have the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from gatelet.accelerators.rtl import PRESETS, CoreConfig, CoreDriver
+from gatelet.accelerators.rtl.offload import CostModel, Offload, compile_model
+from gatelet.simulator.board.rtl_core import RtlEngine
+from gatelet.simulator.demo.dataset import load_heldout, model_directory
+from onnx import TensorProto, helper, numpy_helper
+
+CORE = PRESETS["pynq-z2"]
+SLOW_CPU = CostModel(cpu_ns_per_mac=1000.0, cpu_us_per_node=1000.0)
+
+
+def session(model: bytes, precision: bool = False) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if precision:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_split(offload: Offload, engine: RtlEngine, feeds: dict[str, Any], precision: bool) -> Any:
+    """The model's first output: CPU, then the Verilog, then CPU."""
+    quantised = feeds.get(offload.source)
+    if offload.before is not None:
+        quantised = session(offload.before, precision).run([offload.source], feeds)[0]
+    driver = CoreDriver(engine)
+    driver.load(offload.program)
+    result = offload.unpack(driver.run(offload.pack(quantised)))
+    if offload.after is None:
+        return result
+    part = session(offload.after, precision)
+    wanted = {value.name for value in part.get_inputs()}
+    both = {**feeds, offload.target: result}
+    return part.run(None, {name: both[name] for name in wanted})[0]
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_demo_models_have_the_same_bits_for_every_heldout_image(
+    engine: RtlEngine, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = (model_directory(version) / "onnx" / "model.onnx").read_bytes()
+    images, labels = load_heldout()
+    compilation = compile_model(model, CORE, CostModel(batch=len(images)))
+    assert compilation.offload is not None, compilation.report
+    engine.waits = (10, 30)
+    scores = run_split(compilation.offload, engine, {"x": images}, precision=True)
+    expected = session(model, precision=True).run(None, {"x": images})[0]
+    assert np.array_equal(scores, expected)
+    assert (scores.argmax(axis=1) == labels).mean() > 0.9
+    engine.waits = (0, 0)
+    driver = CoreDriver(engine)
+    driver.load(compilation.offload.program)
+    driver.run(np.zeros((len(images), 64), np.int8))
+    with capsys.disabled():
+        print()
+        for cost, cycles in zip(
+            compilation.offload.program.costs, driver.layer_cycles(), strict=True
+        ):
+            ideal = cost.macs * len(images) / CORE.macs_per_cycle
+            print(f"{version} {cost.name}, {len(images)} items: {cycles} cycles, ideal {ideal:.0f}")
+
+
+class Qdq:
+    """Writes a QDQ model operator by operator. Weights stay within 7 bits, so that onnxruntime's
+    int8 kernels are exact on every CPU."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.shape = shape
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self.tensor, self.scale, self.count = "x", np.float32(0.05), 0
+        self.tensor = self.quantise("x", 0.05, 3)
+
+    def constant(self, value: Any) -> str:
+        self.count += 1
+        self.constants.append(numpy_helper.from_array(np.asarray(value), f"c{self.count}"))
+        return f"c{self.count}"
+
+    def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        self.count += 1
+        name = f"{kind}{self.count}"
+        self.nodes.append(helper.make_node(kind, inputs, [f"t{self.count}"], name, **attributes))
+        return f"t{self.count}"
+
+    def quantise(self, tensor: str, scale: float, zero: int) -> str:
+        self.scale, self.zero = np.float32(scale), np.int8(zero)
+        self.tensor = self.node(
+            "QuantizeLinear", [tensor, self.constant(self.scale), self.constant(self.zero)]
+        )
+        return self.tensor
+
+    def dequantised(self) -> str:
+        return self.node(
+            "DequantizeLinear",
+            [self.tensor, self.constant(self.scale), self.constant(self.zero)],
+        )
+
+    def affine(
+        self, kind: str, weights: tuple[int, ...], relu: bool = False, zero: int | None = None,
+        **attributes: Any,
+    ) -> Qdq:  # fmt: skip
+        out = weights[0] if kind == "Conv" else weights[1]
+        axis = 0 if kind == "Conv" else 1
+        fan = int(np.prod(weights)) // out
+        scale = self.rng.uniform(0.005, 0.02, out).astype(np.float32)
+        x = self.dequantised()
+        values = self.rng.integers(-64, 64, weights).astype(np.int8)
+        w = self.node(
+            "DequantizeLinear",
+            [self.constant(values), self.constant(scale), self.constant(np.zeros(out, np.int8))],
+            axis=axis,
+        )
+        bias = self.rng.integers(-3000, 3000, out).astype(np.int32)
+        b = self.node(
+            "DequantizeLinear", [self.constant(bias), self.constant(self.scale * scale)], axis=0
+        )
+        inputs = [x, w] if kind == "MatMul" else [x, w, b]
+        y = self.node(kind, inputs, **attributes)
+        if relu:
+            y = self.node("Relu", [y])
+        point = zero if zero is not None else -128 if relu else 4
+        self.quantise(y, float(self.scale) * 0.012 * 37 * 60 * np.sqrt(fan) / 50, point)
+        return self
+
+    def keep(self, kind: str, **attributes: Any) -> Qdq:
+        """An operator that keeps scale and zero point."""
+        y = self.node(kind, [self.dequantised()], **attributes)
+        self.quantise(y, float(self.scale), int(self.zero))
+        return self
+
+    def average(self) -> Qdq:
+        y = self.node("GlobalAveragePool", [self.dequantised()])
+        self.quantise(y, float(self.scale) * 0.5, -100)
+        return self
+
+    def floating(self, kind: str, **attributes: Any) -> Qdq:
+        y = self.node(kind, [self.dequantised()], **attributes)
+        self.quantise(y, 0.01, 0)
+        return self
+
+    def model(self) -> bytes:
+        y = self.dequantised()
+        self.nodes.append(helper.make_node("Identity", [y], ["y"]))
+        graph = helper.make_graph(
+            self.nodes,
+            "qdq",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *self.shape])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            self.constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        content: bytes = model.SerializeToString()
+        return content
+
+    def images(self, count: int) -> Any:
+        return self.rng.normal(0, 2.5, (count, *self.shape)).astype(np.float32)
+
+
+def cnn(channels: int = 3) -> Qdq:
+    return (
+        Qdq((channels, 10, 12))
+        .affine("Conv", (12, channels, 3, 3), relu=True, pads=[1, 1, 1, 1])
+        .keep("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+        .affine("Conv", (20, 12, 3, 3), relu=True)
+        .keep("Flatten")
+        .affine("Gemm", (240, 10))
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 9])
+def test_a_convolutional_network_has_the_bits_of_onnxruntime(
+    engine: RtlEngine, channels: int
+) -> None:
+    network = cnn(channels)
+    model, images = network.model(), network.images(12)
+    compilation = compile_model(model, CORE, SLOW_CPU)
+    offload = compilation.offload
+    assert offload is not None, compilation.report
+    assert [cost.name.rstrip("0123456789") for cost in offload.program.costs] == [
+        "Conv", "MaxPool", "Conv", "Gemm",
+    ]  # fmt: skip
+    # One channel would leave most of a word empty: the host lays the first taps out.
+    assert (offload.patches is not None) == (channels == 1)
+    engine.waits = (25, 25)
+    result = run_split(offload, engine, {"x": images}, precision=False)
+    expected = session(model).run(None, {"x": images})[0]
+    assert np.array_equal(result, expected)
+    assert len(np.unique(expected)) > 30
+
+
+def test_pooling_to_one_pixel_and_grouped_convolution(engine: RtlEngine) -> None:
+    network = (
+        Qdq((8, 6, 6), seed=4)
+        .affine("Conv", (16, 2, 3, 3), relu=True, group=4, strides=[2, 1], pads=[1, 0, 1, 2])
+        .average()
+        .keep("Flatten")
+        .affine("MatMul", (16, 5))
+    )
+    model, images = network.model(), network.images(20)
+    offload = compile_model(model, CORE, SLOW_CPU).offload
+    assert offload is not None
+    assert len(offload.program.costs) == 3
+    engine.waits = (0, 0)
+    result = run_split(offload, engine, {"x": images}, precision=False)
+    assert np.array_equal(result, session(model).run(None, {"x": images})[0])
+
+
+def test_what_the_core_cannot_do_stays_on_the_cpu(engine: RtlEngine) -> None:
+    network = (
+        Qdq((40,), seed=2)
+        .affine("Gemm", (40, 24), relu=True)
+        .floating("Sigmoid")
+        .affine("Gemm", (24, 64), relu=True)
+        .affine("Gemm", (64, 10))
+        .floating("Softmax")
+    )
+    model, images = network.model(), network.images(30)
+    compilation = compile_model(model, CORE, SLOW_CPU)
+    offload = compilation.offload
+    assert offload is not None
+    assert len(offload.program.costs) == 2
+    assert any("Sigmoid is not an operator of the core" in line for line in compilation.report)
+    assert any("on the core: Gemm" in line for line in compilation.report)
+    engine.waits = (0, 0)
+    result = run_split(offload, engine, {"x": images}, precision=False)
+    assert np.array_equal(result, session(model).run(None, {"x": images})[0])
+
+
+def test_a_layer_that_does_not_fit_ends_the_chain(engine: RtlEngine) -> None:
+    network = Qdq((64,)).affine("Gemm", (64, 64), relu=True).affine("Gemm", (64, 700))
+    model, images = network.model(), network.images(9)
+    small = CoreConfig(weight_words=64, activation_words=1024)
+    compilation = compile_model(model, small, SLOW_CPU)
+    assert compilation.offload is not None
+    assert len(compilation.offload.program.costs) == 1
+    assert any("weights need" in line for line in compilation.report)
+    # The same cut, on the core that is built anyway.
+    offload = compile_model(model, CORE, SLOW_CPU).offload
+    assert offload is not None
+    assert len(offload.program.costs) == 2
+    result = run_split(offload, engine, {"x": images}, precision=False)
+    assert np.array_equal(result, session(model).run(None, {"x": images})[0])
+
+
+def test_a_fast_cpu_keeps_everything_and_the_report_says_so() -> None:
+    compilation = compile_model(cnn().model(), CORE, CostModel(cpu_ns_per_mac=1e-6))
+    assert compilation.offload is None
+    assert any("all on the CPU" in line and "on the core" in line for line in compilation.report)
+
+
+def test_an_inner_tensor_with_two_readers_is_not_hidden_in_the_core(engine: RtlEngine) -> None:
+    network = Qdq((32,)).affine("Gemm", (32, 32), relu=True)
+    middle = network.dequantised()
+    network.affine("Gemm", (32, 32))
+    total = network.node("Add", [middle, network.dequantised()])
+    network.quantise(total, float(network.scale), 0)
+    model, images = network.model(), network.images(11)
+    offload = compile_model(model, CORE, SLOW_CPU).offload
+    assert offload is not None
+    assert len(offload.program.costs) == 1
+    result = run_split(offload, engine, {"x": images}, precision=False)
+    assert np.array_equal(result, session(model).run(None, {"x": images})[0])
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (Qdq((8,)).affine("Gemm", (8, 8), relu=True, zero=0), "zero point -128"),
+        (Qdq((8,)).affine("Gemm", (8, 8), alpha=0.5), "alpha"),
+        (Qdq((4, 5, 5)).affine("Conv", (4, 4, 3, 3), auto_pad="SAME_UPPER"), "auto_pad"),
+        (Qdq((8,)).floating("Tanh"), "Tanh is not an operator"),
+    ],
+)
+def test_reasons_against_a_node(network: Qdq, reason: str) -> None:
+    compilation = compile_model(network.model(), CORE, SLOW_CPU)
+    assert compilation.offload is None
+    assert any(reason in line for line in compilation.report), compilation.report
+
+
+def test_fp32_models_and_files_that_are_no_models() -> None:
+    compilation = compile_model(model_directory("v1") / "onnx" / "model.onnx", CORE)
+    assert compilation.offload is None
+    assert compilation.report[-1].startswith("all on the CPU: no int8 layer")
+    with pytest.raises(ValueError, match="not an ONNX file"):
+        compile_model(b"\xff" * 40, CORE)
+    with pytest.raises(ValueError, match="No such file"):
+        compile_model("/nowhere/model.onnx", CORE)
