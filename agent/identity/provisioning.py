@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .signing import Sign, derived_key, key_signer, sign_with
 from .sources import CertificateFiles, Dps, IdentityError, KeyText
 
 _log = logging.getLogger(__name__)
+_SDK_TIMERS = "azure.iot.device.provisioning."
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,16 @@ def _make_client(source: Dps, network: Network) -> Any:
 
 
 def _abandon(client: Any) -> None:
-    """The SDK shuts its client down after success only, and offers no way to do it."""
+    """The SDK shuts its client down after success only, and offers no way to do it.
+
+    Its timers would keep the process from ending for half a minute. A process provisions one
+    device at a time, so that all of them are this client's.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            function = getattr(thread, "function", None)
+            if getattr(function, "__module__", "").startswith(_SDK_TIMERS):
+                thread.cancel()
     pipeline = getattr(client, "_pipeline", None)
     try:
         if pipeline is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,12 @@ async def test_hub_that_is_gone_for_good(fleet: Fleet) -> None:
     assert len(fleet.bench.sink.reasons) >= 5
 
 
+def waiting_timers() -> list[threading.Timer]:
+    """Threads that would keep the process from ending."""
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer) and not t.daemon]
+    return [t for t in timers if t.interval > 15]
+
+
 async def test_service_that_refuses_or_is_silent(fleet: Fleet) -> None:
     fleet.bench.run(SOURCE, connect_timeout=4.0)
     reasons = fleet.bench.sink.reasons
@@ -143,6 +150,7 @@ async def test_service_that_refuses_or_is_silent(fleet: Fleet) -> None:
     fleet.dps.enroll("d1", {**BY_KEY, "iotHubs": [HOST]})
     await fleet.bench.until(lambda: any("did not answer within 4 s" in r for r in reasons))
     await fleet.bench.until(lambda: fleet.bench.sink.connections)
+    assert waiting_timers() == []
 
 
 async def test_refusing_hub_while_the_service_is_away(fleet: Fleet) -> None:
