@@ -13,16 +13,19 @@ from typing import Any, TypeVar
 from .connect_proxy import ConnectProxy
 from .control import ControlServer
 from .iothub.devices import ClientId
+from .iothub.dps_server import Provisioning
 from .iothub.server import IotHub
 from .mqtt.broker import Broker
 from .pki import Pki
 from .registry import Registry
 from .site_config import BROKER, EVERYTHING, HUB, REGISTRY, SiteSettings
 
-__all__ = ["BOARD_DEVICE", "EDGE_AGENT", "Site", "SiteSettings"]
+__all__ = ["BOARD_DEVICE", "DPS_NAME", "EDGE_AGENT", "ID_SCOPE", "Site", "SiteSettings"]
 
 _Part = TypeVar("_Part")
 EDGE_AGENT = "$edgeAgent"
+DPS_NAME = "sim-dps.gatelet.test"
+ID_SCOPE = "0neSIMULATED"
 BOARD_DEVICE = "gatelet.simulator.board"
 
 
@@ -37,11 +40,15 @@ class Site:
         self._password = _password(folder / "broker-password")
         users = {settings.device: self._password, **settings.users}
         self._hub: IotHub | None = None
+        self._provisioning: Provisioning | None = None
         self._broker: Broker | None = None
         self._registry: Registry | None = None
         if HUB in parts:
             name, state = settings.host_name, folder / "hub"
             self._hub = IotHub(name, self._pki, state_dir=state, service_port=ports.service)
+            self._provisioning = Provisioning(
+                DPS_NAME, ID_SCOPE, self._pki, [self._hub], state_dir=folder / "dps"
+            )
         if BROKER in parts:
             self._broker = Broker(users=users, port=ports.broker)
         if REGISTRY in parts:
@@ -57,6 +64,11 @@ class Site:
     @property
     def hub(self) -> IotHub:
         return _there(self._hub, HUB)
+
+    @property
+    def provisioning(self) -> Provisioning:
+        """The provisioning service in front of the hub; it comes with the hub."""
+        return _there(self._provisioning, HUB)
 
     @property
     def broker(self) -> Broker:
@@ -78,6 +90,10 @@ class Site:
                 self._furnish(self._hub)
                 for name, target in self._hub.routes.items():
                     self.proxy.add(name, target)
+            if self._provisioning is not None:
+                await self._provisioning.start()
+                for name, target in self._provisioning.routes.items():
+                    self.proxy.add(name, target)
                 await self.proxy.start()
             if self._broker is not None:
                 await self._broker.start()
@@ -93,7 +109,7 @@ class Site:
     async def stop(self) -> None:
         await self.control.stop()
         await self.proxy.stop()
-        for part in (self._registry, self._broker, self._hub):
+        for part in (self._registry, self._broker, self._provisioning, self._hub):
             if part is not None:
                 await part.stop()
 
@@ -136,6 +152,13 @@ class Site:
                 "deviceConnectionStrings": {
                     one.id: self._hub.connection_string(one.id) for one in self._settings.devices
                 },
+            }
+        if self._provisioning is not None:
+            about["dps"] = {
+                "hostName": self._provisioning.host_name,
+                "idScope": self._provisioning.id_scope,
+                "serviceConnectionString": self._provisioning.service_connection_string,
+                "serviceUrl": self._provisioning.url,
             }
         if self._broker is not None:
             about["broker"] = {

@@ -103,6 +103,14 @@ class Provisioning:
         return f"https://localhost:{self.https_port}"
 
     @property
+    def routes(self) -> dict[str, tuple[str, int]]:
+        """All that a ConnectProxy needs for devices."""
+        return {
+            f"{self.host_name}:8883": (_LOOPBACK, self.mqtt_port),
+            f"{self.host_name}:443": (_LOOPBACK, self.https_port),
+        }
+
+    @property
     def service_connection_string(self) -> str:
         """For `az iot dps` and the service SDKs, with the port in its HostName."""
         policy, key = next(iter(self._policies.items()))
