@@ -96,6 +96,10 @@ class DeviceFixture:
             change["properties"] = {"desired": desired}
         self._hub.on_hub(lambda hub: hub.core.update_twin(self._client, change))
 
+    def send(self, body: bytes, properties: dict[str, str] | None = None) -> None:
+        """Sends a cloud-to-device message; a device that is away gets it when it is back."""
+        self._hub.on_hub(lambda hub: hub.core.c2d.send(self._client, body, properties=properties))
+
     def call_method(self, name: str, payload: Any = None, timeout: float = 30.0) -> tuple[int, Any]:
         """Status and payload of the answer to a direct method; waits for the device to listen.
 
