@@ -24,7 +24,7 @@ from .batching import (
     decide,
     normalised_priority,
 )
-from .errors import Code, ScoringError
+from .errors import DEFECT, Code, ScoringError
 from .statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,14 @@ class _Job:
         self._done: Done | None = done
 
     def finish(self, value: Results | ScoringError) -> None:
-        """The first value counts."""
+        """The first value counts. Never raises: the others of a batch must get theirs."""
         done, self._done = self._done, None
-        if done is not None:
+        if done is None:
+            return
+        try:
             done(value)
+        except Exception:
+            log.exception("whoever waited for an answer could not take it")
 
 
 class _Answer:
@@ -345,11 +349,10 @@ class BatchRunner:
         except ScoringError as error:
             for job in jobs:
                 job.finish(ScoringError(error.code, error.message, error.retry_after))
-        except BaseException:
-            # Whoever waits must hear of it, whatever it was.
+        except Exception:
+            log.exception("%s: a run hit a defect of the server", self._name)
             for job in jobs:
-                job.finish(ScoringError(Code.INTERNAL, f"{self._name}: the run was broken off"))
-            raise
+                job.finish(ScoringError(Code.INTERNAL, f"{self._name}: {DEFECT}"))
         took = self._now() - started
         self._run_seconds += _WEIGHT * (took - self._run_seconds)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+DEFECT = "the scoring process hit a defect of its own; its log has the details"
+
 
 class Code(Enum):
     """gRPC's names; REST maps them to 404, 400, 503, 504, 501, 500 and 429."""

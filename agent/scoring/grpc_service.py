@@ -18,7 +18,7 @@ from ...protos.services import HEALTH, INFERENCE
 from . import oip_extensions as extensions
 from . import repository
 from .dataplane import DataPlane
-from .errors import Code, ScoringError
+from .errors import DEFECT, Code, ScoringError
 from .oip_messages import decode_request, encode_metadata, encode_response
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ _STATUS = {code: grpc.StatusCode[code.value] for code in Code}
 # Deadlines further away than this are no deadlines (grpcio gives infinity without one).
 _LONGEST_SECONDS = 10_000_000.0
 _WATCH_SECONDS = 0.5
-_DEFECT = "the scoring process hit a defect of its own; its log has the details"
 
 T = TypeVar("T", bound=Message)
 
@@ -160,7 +159,7 @@ class InferenceService:
             text = error.message
         except Exception:
             log.exception("a scoring request hit a defect of the server")
-            text = _DEFECT
+            text = DEFECT
         else:
             answer.parameters["triton_final_response"].bool_param = True
             return oip.ModelStreamInferResponse(infer_response=answer)
@@ -312,7 +311,7 @@ def _answer(context: grpc.ServicerContext, work: Callable[[], T]) -> T:
         context.abort(_STATUS[error.code], error.message)
     except Exception:
         log.exception("a scoring request hit a defect of the server")
-        context.abort(grpc.StatusCode.INTERNAL, _DEFECT)
+        context.abort(grpc.StatusCode.INTERNAL, DEFECT)
 
 
 def _no_cuda(context: grpc.ServicerContext) -> NoReturn:

@@ -212,6 +212,44 @@ def test_a_model_that_mixes_its_items_is_run_singly_from_then_on() -> None:
     busy.close()
 
 
+def test_a_defect_is_answered_and_the_next_requests_still_run(
+    busy: Busy, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = busy.runner._execute_model
+
+    def broken(*arguments: object) -> dict[str, Array]:
+        busy.runner._execute_model = original
+        raise ZeroDivisionError
+
+    waiting = [busy.call(row(1)), busy.call(row(2))]
+    busy.gather(2)
+    busy.runner._execute_model = broken  # type: ignore[assignment]
+    busy.release()
+    for future in waiting:
+        with pytest.raises(ScoringError, match="a defect of its own") as caught:
+            future.result(DEADLINE)
+        assert caught.value.code is Code.INTERNAL
+    assert "ZeroDivisionError" in caplog.text
+    results: list[object] = []
+    busy.runner.submit({"x": row(3)}, ["y"], None, 0, results.append)
+    wait_for(lambda: bool(results))
+    assert results[0]["y"].tolist() == [[6.0, 6.0]]  # type: ignore[index]
+
+
+def test_a_caller_that_cannot_take_its_answer_takes_nobody_elses(
+    busy: Busy, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone(value: object) -> None:
+        raise RuntimeError("the loop is closed")
+
+    busy.runner.submit({"x": row(1)}, None, None, 0, gone)
+    other = busy.call(row(2))
+    busy.gather(2)
+    busy.release()
+    assert other.result(DEADLINE)["y"].tolist() == [[4.0, 4.0]]
+    assert "the loop is closed" in caplog.text
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=40),
