@@ -114,7 +114,7 @@ class PresentedCertificates:
         if leaf not in self._trusted:
             try:
                 self._context.load_verify_locations(cadata=chain[0])
-            except ssl.SSLError:
+            except (ssl.SSLError, ValueError):
                 return  # not a certificate: OpenSSL refuses the handshake by itself
             self._trusted.add(leaf)
 
@@ -142,7 +142,7 @@ def _certificates(message: bytes, version: int) -> tuple[bytes, ...]:
     """The DER certificates of a Certificate message (RFC 5246 7.4.2, RFC 8446 4.4.2)."""
     position = 4
     if version == _TLS_1_3:
-        position += 1 + message[position]
+        position += 1 + int.from_bytes(message[position : position + 1], "big")
     end = position + 3 + int.from_bytes(message[position : position + 3], "big")
     position += 3
     found = []
