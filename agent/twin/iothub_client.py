@@ -188,6 +188,11 @@ class HubConnection:
         """Shut the client down. False when it did not end in time: it goes on trying by itself."""
         self.end("closed")
         if self._client is None:
+            # What is still under way is ours, not the SDK's: it ends when it is told to.
+            for call in self._calls:
+                call.cancel()
+            if self._calls:
+                await asyncio.wait(self._calls, timeout=self._settings.close_timeout)
             return self.closed
         # In a thread with its own event loop, because shutting down blocks on the SDK's threads.
         closing = asyncio.ensure_future(asyncio.to_thread(_shut_down, self._client))

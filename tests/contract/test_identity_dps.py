@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -151,6 +152,16 @@ async def test_service_that_refuses_or_is_silent(fleet: Fleet) -> None:
     await fleet.bench.until(lambda: any("did not answer within 4 s" in r for r in reasons))
     await fleet.bench.until(lambda: fleet.bench.sink.connections)
     assert waiting_timers() == []
+
+
+async def test_stopped_while_provisioning(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    fleet.dps.enroll("d1", {**BY_KEY, "iotHubs": [HOST]})
+    fleet.dps.faults.lose_answers = 10
+    fleet.bench.run(SOURCE)
+    await fleet.bench.until(lambda: fleet.dps.faults.lose_answers < 10)
+    await asyncio.wait_for(fleet.bench.stop_runs(), 5)
+    assert waiting_timers() == []
+    assert "takes long" not in caplog.text
 
 
 async def test_refusing_hub_while_the_service_is_away(fleet: Fleet) -> None:
