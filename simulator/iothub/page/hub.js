@@ -68,7 +68,14 @@ function takeToken() {
     token = given;
     sessionStorage.setItem("token", token);
     history.replaceState(null, "", location.pathname);
+    forgetMessages();
   }
+}
+
+function forgetMessages() {
+  // Another token may be that of another hub, or of this one started anew: it counts from 1.
+  lastMessage = 0;
+  byId("messages").replaceChildren();
 }
 
 function show(name) {
@@ -232,6 +239,7 @@ function start() {
   byId("login").addEventListener("submit", (event) => {
     event.preventDefault();
     token = byId("token").value.trim();
+    forgetMessages();
     sessionStorage.setItem("token", token);
     poll();
   });
