@@ -18,6 +18,7 @@ from gatelet.accelerators.cpu import CpuBackend
 from gatelet.agent.scoring.control_service import ControlService
 from gatelet.agent.scoring.dataplane import DataPlane
 from gatelet.agent.scoring.grpc_server import GrpcLimits, GrpcServer
+from gatelet.agent.scoring.instances import Instance
 from gatelet.agent.scoring.process import ControlServer
 from gatelet.protos import control_pb2 as pb
 from gatelet.protos.services import ScoringStub
@@ -32,6 +33,12 @@ class Site:
     address: str
     control: ScoringStub
     server: GrpcServer | None = None
+    plane: DataPlane | None = None
+
+    def server_instance(self, endpoint: str) -> Instance:
+        """What answers at `endpoint`, of a server in this process."""
+        assert self.plane is not None
+        return self.plane.table.routes[endpoint].default.instance
 
     def load(self, instance: str, folder: Path, **options: object) -> pb.InstanceStatus:
         request = pb.LoadRequest(
@@ -94,7 +101,7 @@ def serve(
     control.start()
     try:
         with grpc.insecure_channel(f"unix:{socket}") as channel:
-            yield Site(server.address, ScoringStub(channel), server)
+            yield Site(server.address, ScoringStub(channel), server, plane)
     finally:
         server.stop(2.0)
         control.stop()

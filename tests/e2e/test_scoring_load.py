@@ -18,6 +18,8 @@ from gatelet.accelerators.errors import BackendUnavailable
 from gatelet.accelerators.tensors import Array, TensorSpec
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.protos import control_pb2 as pb
+from gatelet.protos import open_inference_pb2 as oip
+from gatelet.protos.services import InferenceStub
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models
@@ -273,3 +275,49 @@ def test_more_calls_than_allowed_are_turned_away(tmp_path: Path, accelerator: Ac
         assert caught.value.status() == f"StatusCode.{grpc.StatusCode.RESOURCE_EXHAUSTED.name}"
         accelerator.go_on.set()
         first.join(20)
+
+
+def test_what_waits_for_an_accelerator_goes_to_it_together(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    folder = onnx_models.scale_folder(
+        tmp_path / "m", 2, more_variants=[OVERLAY], batching={"max": 8, "maxQueue": 3}
+    )
+    with serve(tmp_path / "s", [accelerator]) as site, grpc.insecure_channel(site.address) as ch:
+        site.load("e", folder, max_batch=8)
+        assert site.probe("e").state == pb.InstanceStatus.READY
+        site.switch({"e": [("e", 0, True)]})
+        slots = site.server_instance("e").batching.slots
+        while accelerator.waiting.acquire(blocking=False):
+            pass
+        calls = accelerator.calls
+        accelerator.go_on.clear()
+        answers: list[object] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(ask(site.address, 20)))
+            for _ in range(slots + 3)
+        ]
+        for thread in threads[:slots]:
+            thread.start()
+            assert accelerator.waiting.acquire(timeout=20)
+        for thread in threads[slots:]:
+            thread.start()
+        deadline = time.monotonic() + 20
+        while site.server_instance("e").pending < 3:
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.005)
+        request = oip.ModelInferRequest(model_name="e", raw_input_contents=[bytes(16)])
+        request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+        with pytest.raises(grpc.RpcError) as caught:
+            InferenceStub(ch).model_infer(request, 20)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "3 requests are waiting already" in caught.value.details()
+        trailers = dict(caught.value.trailing_metadata())
+        assert int(trailers["grpc-retry-pushback-ms"]) >= 1
+        accelerator.go_on.set()
+        for thread in threads:
+            thread.join(20)
+        assert [np.asarray(answer).tolist() for answer in answers] == [[[10.0] * 4]] * (slots + 3)
+        assert accelerator.calls == calls + slots + 1
+        (status,) = site.status().instances
+        assert status.backends[0].requests == slots + 3
