@@ -1,10 +1,11 @@
 """QoS 1 messages per second through our broker, mosquitto and amqtt, one after the other.
 
-    python tests/bench/bench_mqtt.py [--seconds 3] [--rounds 3] [--without-amqtt] [--json]
+    python tests/bench/bench_mqtt.py [--seconds 2] [--rounds 3] [--without-amqtt] [--json]
 
 One publisher and one subscriber in this process, which only counts and acknowledges, each broker
-in a process of its own. A message counts when the subscriber has it; the publisher keeps `WINDOW`
-unacknowledged. amqtt is installed into a throw-away environment, so it needs the package index.
+in a process of its own. A message counts when the subscriber has it; the publisher keeps a window
+of messages unacknowledged, and each broker's better window counts (amqtt slows down with a large
+one). amqtt is installed into a throw-away environment, so it needs the package index.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import median
 
-WINDOW = 50
+WINDOWS = (10, 50)
 PAYLOAD = bytes(64)
 TOPIC = b"bench/topic"
 # 3.1.1, clean session, no keep alive.
@@ -117,7 +118,7 @@ class Subscriber(asyncio.Protocol):
         self.count += count
 
 
-async def measure(port: int, seconds: float) -> float:
+async def measure(port: int, seconds: float, window: int) -> float:
     """Messages per second."""
     loop = asyncio.get_running_loop()
     _, subscriber = await loop.create_connection(Subscriber, "127.0.0.1", port)
@@ -125,7 +126,7 @@ async def measure(port: int, seconds: float) -> float:
     _, publisher = await loop.create_connection(Publisher, "127.0.0.1", port)
     await asyncio.wait_for(publisher.ready.wait(), 10)
     publisher.running = True
-    publisher.send(WINDOW)
+    publisher.send(window)
     await asyncio.sleep(seconds / 4)
     before, started = subscriber.count, time.perf_counter()
     await asyncio.sleep(seconds)
@@ -189,19 +190,22 @@ async def run(seconds: float, rounds: int, amqtt: str | None, folder: Path) -> d
         print("without mosquitto: not installed", file=sys.stderr)
     if amqtt is not None:
         commands["amqtt"] = lambda port: [amqtt, "-c", AMQTT, str(port)]
-    rates: dict[str, list[float]] = {name: [] for name in commands}
+    rates: dict[str, dict[int, list[float]]] = {
+        name: {window: [] for window in WINDOWS} for name in commands
+    }
     # In turns, so that a busy machine is unfair to all of them alike.
     for _ in range(rounds):
         for name, command in commands.items():
             port = free_port()
             async with broker(command(port), port):
-                rates[name].append(await measure(port, seconds))
-    return {name: median(values) for name, values in rates.items()}
+                for window, found in rates[name].items():
+                    found.append(await measure(port, seconds, window))
+    return {name: max(map(median, found.values())) for name, found in rates.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-amqtt", action="store_true")
     parser.add_argument("--json", action="store_true")
