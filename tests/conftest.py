@@ -32,6 +32,11 @@ from gatelet.modules.oci.transport import RegistrySettings
 from gatelet.simulator.demo.dataset import load_heldout, model_directory
 from gatelet.simulator.iothub.devices import ClientId
 from gatelet.simulator.site import EDGE_AGENT, Site, SiteSettings
+from hypothesis import settings
+
+# Laws are about results: on a busy machine an example may take long.
+settings.register_profile("gatelet", deadline=None)
+settings.load_profile("gatelet")
 
 DEVICE = "edge-1"
 SECONDS = 40.0
