@@ -66,7 +66,7 @@ def _build(sources: tuple[Path, ...], parameters: list[str], library: Path) -> N
     with tempfile.TemporaryDirectory(prefix="gatelet-rtl-") as work:
         command = [
             "verilator", "--cc", "--exe", "--build", "-O3", "-Wno-WIDTH", *parameters,
-            "-CFLAGS", "-fPIC -O2", "-LDFLAGS", "-shared", "--top-module", TOP,
+            "-CFLAGS", "-fPIC -O1", "-LDFLAGS", "-shared", "--top-module", TOP,
             "-Mdir", work, "-o", library.name, *map(str, sources),
         ]  # fmt: skip
         try:

@@ -10,10 +10,10 @@ from gatelet.accelerators.rtl import PRESETS, CoreConfig
 from gatelet.simulator.board.rtl_core import RtlEngine, missing_tools
 
 SMALL = CoreConfig(
-    pe=16,
-    simd=16,
+    pe=8,
+    simd=8,
     requantisers=2,
-    activation_words=64,
+    activation_words=128,
     weight_words=64,
     parameter_rows=64,
     layers=4,

@@ -18,7 +18,10 @@ from gatelet.accelerators.rtl.core import (
     REG_STATUS,
 )
 from gatelet.accelerators.rtl.layers import Conv, Layer, Rescale, Window, dense
-from gatelet.simulator.board.rtl_core import RtlEngine
+from gatelet.simulator.board.dma import AxiDma
+from gatelet.simulator.board.faults import FaultFile
+from gatelet.simulator.board.memory import ContiguousMemory
+from gatelet.simulator.board.rtl_core import RtlCore, RtlEngine
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +217,19 @@ def test_what_does_not_fit_is_refused_before_it_reaches_the_core() -> None:
     for wrong in ({"simd": 12}, {"requantisers": 3}, {"pe": 20}, {"activation_words": 100}):
         with pytest.raises(ValueError, match=r"expected a power|must divide"):
             CoreConfig(**wrong)
+
+
+def test_behind_the_registers_of_the_simulated_dma() -> None:
+    compiled, chain = program(PRESETS["pynq-z2"], 24, 9)
+    memory = ContiguousMemory(0x1000_0000, 1 << 16)
+    dma = AxiDma(memory, RtlCore(compiled), 14, FaultFile())
+    items = np.random.default_rng(3).integers(-128, 128, (30, 24)).astype(np.int8)
+    memory.bus_write(0x1000_0000, items.tobytes())
+    for control, value in ((0x30, 1), (0x00, 1)):
+        dma.write(control, value)
+    for register, value in ((0x48, 0x1000_8000), (0x58, 4096), (0x18, 0x1000_0000), (0x28, 720)):
+        dma.write(register, value)
+    assert dma.read(0x34) & 0x2
+    assert dma.read(0x58) == 270
+    given = np.frombuffer(memory.bus_read(0x1000_8000, 270), np.int8).reshape(30, 9)
+    assert np.array_equal(given, reference(chain, items))
