@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import shutil
 import socketserver
 import sys
 import threading
@@ -181,3 +182,14 @@ def test_stamps_see_replaced_files(tmp_path: Path) -> None:
     other.write_text("1")
     other.replace(file)
     assert len({absent, first, certificates.stamp([file])}) == 3
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+def test_the_documented_program(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "identity.md").read_text(encoding="utf-8")
+    script = text.split("```sh\n")[1].split("```")[0]
+    (tmp_path / "key.hex").write_text(SECRET.hex())
+    program = tmp_path / "sign-hmac"
+    program.write_text(script.replace("/etc/gatelet/key.hex", str(tmp_path / "key.hex")))
+    program.chmod(0o700)
+    assert sign_with(SignCommand((str(program),)))(b"message") == digest(b"message")
