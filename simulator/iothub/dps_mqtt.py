@@ -118,8 +118,9 @@ class DpsDeviceServer:
         match = _REGISTER.match(topic) or _POLL.match(topic)
         if match is None:
             raise invalid(f"a device may not publish to {topic!r}")
+        # Values as they were sent: an answer repeats its request's id letter by letter.
         query = {
-            unquote(name): unquote(value)
+            unquote(name): value
             for name, _, value in (pair.partition("=") for pair in match["query"].split("&"))
         }
         rid = query.get("$rid")
@@ -134,7 +135,7 @@ class DpsDeviceServer:
                 operation = self._service.registrations[applicant.registration].operation
                 body: dict[str, Any] = {"operationId": operation, "status": "assigning"}
                 return f"$dps/registrations/res/202/?$rid={rid}{wait}", body
-            registration = self._service.outcome(applicant, query.get("operationId", ""))
+            registration = self._service.outcome(applicant, unquote(query.get("operationId", "")))
             if self._service.faults.take("stay_assigning"):
                 body = {"operationId": registration.operation, "status": "assigning"}
                 return f"$dps/registrations/res/202/?$rid={rid}{wait}", body
