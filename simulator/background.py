@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent import futures
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -33,10 +34,21 @@ class BackgroundLoop:
         self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, _Result], seconds: float | None = 60.0) -> _Result:
-        """The result of a coroutine. Raises what it raises, or TimeoutError."""
+        """The result of a coroutine. Raises what it raises, or TimeoutError.
+
+        On the loop's own thread, where it would wait for itself, RuntimeError.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("call this from another thread than the simulator's own")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(seconds)
+        except futures.TimeoutError as error:
+            if future.done():
+                raise
+            # Before Python 3.11 this is not the built-in one.
+            raise TimeoutError(f"the simulator did not answer in {seconds} s") from error
         finally:
             future.cancel()
 
