@@ -257,22 +257,34 @@ class BatchRunner:
             admission = admit(self._queue, waiting, self.config)
             if not admission.admitted:
                 raise self._full()
+            started = self._start_runner()
             if admission.shed is not None:
                 self._queue.remove(admission.shed)
                 shed = self._jobs.pop(admission.shed.number)
             job.waiting = waiting
             self._jobs[waiting.number] = job
             insort(self._queue, waiting, key=_order)
-            if len(self._runners) < min(self.config.slots, len(self._queue)):
-                runner = threading.Thread(
-                    target=self._serve, name=f"run-{self._name}"[:15], daemon=True
-                )
-                self._runners.add(runner)
-                runner.start()
-            elif self._running < self.config.slots:
+            if not started and self._running < self.config.slots:
                 self._turn.notify()
         if shed is not None:
             shed.finish(self._full())
+
+    def _start_runner(self) -> bool:
+        """One more thread if there is work for it; whether it was started."""
+        if len(self._runners) >= min(self.config.slots, len(self._queue) + 1):
+            return False
+        runner = threading.Thread(target=self._serve, name=f"run-{self._name}"[:15], daemon=True)
+        # It looks for work only after the lock is free again.
+        try:
+            runner.start()
+        except RuntimeError as error:
+            if self._runners:
+                return False
+            raise ScoringError(
+                Code.UNAVAILABLE, f"{self._name}: no thread can be started ({error}); try again"
+            ) from error
+        self._runners.add(runner)
+        return True
 
     def _alike(self, inputs: Mapping[str, Array]) -> Hashable:
         if not self._free_sizes:
