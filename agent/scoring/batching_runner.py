@@ -24,6 +24,7 @@ from .batching import (
     decide,
     normalised_priority,
 )
+from .batching_job import Answer, Done, Job, Results, union
 from .errors import DEFECT, Code, ScoringError
 from .statistics import Statistics
 
@@ -34,9 +35,6 @@ _LONGEST_WAIT = threading.TIMEOUT_MAX
 _RETRY_SECONDS = (0.01, 5.0)
 # Of the newest run in the running average.
 _WEIGHT = 0.2
-
-Results = dict[str, Array]
-Done = Callable[[Results | ScoringError], None]
 
 
 class Execute(Protocol):
@@ -49,54 +47,6 @@ class Execute(Protocol):
         deadline: float | None,
         requests: int,
     ) -> Results: ...
-
-
-class _Job:
-    """A request under way, until `finish` hands its results or its error to whoever waits."""
-
-    __slots__ = ("_done", "deadline", "inputs", "items", "outputs", "started", "waiting")
-
-    def __init__(
-        self,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None,
-        deadline: float | None,
-        items: int,
-        done: Done,
-    ) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
-        self.deadline = deadline
-        self.items = items
-        self.started = 0.0
-        self.waiting: Waiting | None = None
-        self._done: Done | None = done
-
-    def finish(self, value: Results | ScoringError) -> None:
-        """The first value counts. Never raises: the others of a batch must get theirs."""
-        done, self._done = self._done, None
-        if done is None:
-            return
-        try:
-            done(value)
-        except Exception:
-            log.exception("whoever waited for an answer could not take it")
-
-
-class _Answer:
-    """Where a blocked caller finds its results."""
-
-    __slots__ = ("lock", "value")
-
-    def __init__(self) -> None:
-        # A bare lock: an Event costs twice as much, and there is one per request.
-        self.lock = threading.Lock()
-        self.lock.acquire()
-        self.value: Results | ScoringError | None = None
-
-    def set(self, value: Results | ScoringError) -> None:
-        self.value = value
-        self.lock.release()
 
 
 class BatchRunner:
@@ -126,7 +76,7 @@ class BatchRunner:
         self._lock = threading.Lock()
         self._turn = threading.Condition(self._lock)
         self._queue: list[Waiting] = []
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._arrivals = 0
         self._running = 0
         self._runners: set[threading.Thread] = set()
@@ -153,8 +103,8 @@ class BatchRunner:
         arrived = self._now()
         if self._claim():
             return self._at_once(inputs, outputs, deadline, arrived)
-        answer = _Answer()
-        job = _Job(inputs, outputs, deadline, self._items(inputs), answer.set)
+        answer = Answer()
+        job = Job(inputs, outputs, deadline, self._items(inputs), answer.set)
         self._wait(job, priority, arrived)
         wait = _LONGEST_WAIT if deadline is None else max(0.0, deadline - self._now())
         if not answer.lock.acquire(timeout=min(wait, _LONGEST_WAIT)):
@@ -186,7 +136,7 @@ class BatchRunner:
                 self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), job.items)
             done(value)
 
-        job = _Job(inputs, outputs, deadline, self._items(inputs), finish)
+        job = Job(inputs, outputs, deadline, self._items(inputs), finish)
         self._wait(job, priority, arrived)
 
     def close(self) -> None:
@@ -238,9 +188,9 @@ class BatchRunner:
         self._statistics.answered_alone(self._items(inputs), took, infer_ns)
         return results
 
-    def _wait(self, job: _Job, priority: int, arrived: float) -> None:
+    def _wait(self, job: Job, priority: int, arrived: float) -> None:
         """Put the job into the queue, if there is room for it."""
-        shed: _Job | None = None
+        shed: Job | None = None
         with self._lock:
             if self._closed:
                 raise ScoringError(Code.UNAVAILABLE, f"{self._name} is being unloaded; try again")
@@ -297,7 +247,7 @@ class BatchRunner:
             if self._queue:
                 self._turn.notify()
 
-    def _withdraw(self, job: _Job) -> bool:
+    def _withdraw(self, job: Job) -> bool:
         """Whether the job was still waiting, and now never runs."""
         with self._lock:
             waiting = job.waiting
@@ -321,7 +271,7 @@ class BatchRunner:
                 finally:
                     self._leave()
 
-    def _next(self) -> tuple[tuple[_Job, ...], tuple[_Job, ...]]:
+    def _next(self) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
         """The next jobs of a runner, who waits for them; none when it is to end."""
         while not self._closed:
             timeout = _IDLE_SECONDS
@@ -341,14 +291,14 @@ class BatchRunner:
                 break
         return (), ()
 
-    def _take(self, chosen: Sequence[Waiting]) -> tuple[_Job, ...]:
+    def _take(self, chosen: Sequence[Waiting]) -> tuple[Job, ...]:
         if not chosen:
             return ()
         numbers = {waiting.number for waiting in chosen}
         self._queue = [waiting for waiting in self._queue if waiting.number not in numbers]
         return tuple(self._jobs.pop(waiting.number) for waiting in chosen)
 
-    def _execute(self, jobs: tuple[_Job, ...]) -> None:
+    def _execute(self, jobs: tuple[Job, ...]) -> None:
         """Run the jobs together and finish each. Never raises."""
         started = self._now()
         for job in jobs:
@@ -368,17 +318,17 @@ class BatchRunner:
         took = self._now() - started
         self._run_seconds += _WEIGHT * (took - self._run_seconds)
 
-    def _alone(self, job: _Job) -> None:
+    def _alone(self, job: Job) -> None:
         before = time.perf_counter_ns()
         results = self._execute_model(job.inputs, job.outputs, job.deadline, 1)
         self._statistics.executed(job.items, 1, 0, time.perf_counter_ns() - before, 0)
         job.finish(results)
 
-    def _together(self, jobs: tuple[_Job, ...]) -> None:
+    def _together(self, jobs: tuple[Job, ...]) -> None:
         before = time.perf_counter_ns()
         names = jobs[0].inputs
         stacked = {name: np.concatenate([job.inputs[name] for job in jobs]) for name in names}
-        outputs = _union(jobs)
+        outputs = union(jobs)
         latest: float | None = 0.0
         for job in jobs:
             latest = None if latest is None or job.deadline is None else max(latest, job.deadline)
@@ -418,7 +368,7 @@ class BatchRunner:
         for job, answer in zip(jobs, answers, strict=True):
             job.finish(answer)
 
-    def _one_by_one(self, jobs: tuple[_Job, ...]) -> None:
+    def _one_by_one(self, jobs: tuple[Job, ...]) -> None:
         for job in jobs:
             if job.deadline is not None and job.deadline <= self._now():
                 job.finish(self._too_late(waited=True))
@@ -449,15 +399,3 @@ class BatchRunner:
 
 def _order(waiting: Waiting) -> tuple[int, int]:
     return waiting.order
-
-
-def _union(jobs: tuple[_Job, ...]) -> Sequence[str] | None:
-    first = jobs[0].outputs
-    if all(job.outputs == first for job in jobs):
-        return first
-    names: dict[str, None] = {}
-    for job in jobs:
-        if job.outputs is None:
-            return None
-        names.update(dict.fromkeys(job.outputs))
-    return tuple(names)

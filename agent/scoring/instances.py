@@ -21,7 +21,8 @@ from ...accelerators.tensors import Array, TensorSpec
 from . import breaker as circuit
 from .batching import BatchConfig
 from .batching_choice import has_batch_axis
-from .batching_runner import BatchRunner, Done
+from .batching_job import Done
+from .batching_runner import BatchRunner
 from .errors import Code, ScoringError
 from .statistics import Statistics
 
