@@ -34,14 +34,12 @@ from .packets import (
     Unsubscribe,
 )
 from .retained import RetainedMessages
-from .session import NEVER, Session
+from .session import NEVER, Session, expiry_seconds, session_expiry
 from .store import Store
 from .subscriptions import Entry, SubscriptionTree
 from .topics import split_shared, topic_problem
 from .websocket import WebsocketListener
 from .wills import Wills
-
-_EXPIRES_NEVER = 0xFFFFFFFF
 
 
 class Broker:
@@ -209,7 +207,7 @@ class Broker:
             session = None
         self._wills.cancel(client_id)
         present = session is not None
-        expiry = _expiry(connect)
+        expiry = session_expiry(connect)
         if session is None:
             journal = self._store if expiry else None
             session = Session(client_id, self._queue_limit, journal=journal)
@@ -243,9 +241,7 @@ class Broker:
         identifiers = subscribe.properties.subscription_identifiers
         codes: list[int] = []
         for wanted in subscribe.subscriptions:
-            if self._access is not None and not self._access.may_subscribe(
-                connection.tag, session.client_id, wanted.topic_filter
-            ):
+            if not self._may_subscribe(session, wanted.topic_filter):
                 codes.append(ReasonCode.NOT_AUTHORIZED)
                 continue
             granted = replace(wanted, qos=min(wanted.qos, self._limits.maximum_qos))
@@ -283,7 +279,7 @@ class Broker:
         if disconnect is not None:
             later = disconnect.properties.session_expiry_interval
             if later is not None:
-                session.expiry_interval = NEVER if later == _EXPIRES_NEVER else later
+                session.expiry_interval = expiry_seconds(later)
         will = connection.connect.will
         farewell = disconnect is not None and disconnect.reason_code == ReasonCode.SUCCESS
         if will is not None and not farewell and not self._stopping:
@@ -311,12 +307,22 @@ class Broker:
                 store.remove_session(stored.client_id)
                 continue
             session = self._sessions[stored.client_id] = stored.revive(self._queue_limit, store)
-            for subscription, identifier in stored.subscriptions.values():
-                self._tree.add(Entry(session, subscription, identifier))
+            for topic_filter, (subscription, identifier) in stored.subscriptions.items():
+                # What is not granted any more ends with the broker that granted it.
+                if self._may_subscribe(session, topic_filter):
+                    self._tree.add(Entry(session, subscription, identifier))
+                else:
+                    del session.subscriptions[topic_filter]
+                    store.unsubscribe(session.client_id, topic_filter)
             self._expire_after(session, left)
 
     def _may_publish(self, user: str | None, client_id: str, topic: str) -> bool:
         return self._access is None or self._access.may_publish(user, client_id, topic)
+
+    def _may_subscribe(self, session: Session, topic_filter: str) -> bool:
+        return self._access is None or self._access.may_subscribe(
+            session.owner, session.client_id, topic_filter
+        )
 
     def _route(self, publish: Publish, origin: Session | None) -> int:
         """Keep and hand out a message; how many sessions it goes to."""
@@ -386,11 +392,3 @@ class Broker:
             self._store.remove_session(session.client_id)
         del self._sessions[session.client_id]
         self._wills.session_ended(session.client_id)
-
-
-def _expiry(connect: Connect) -> float:
-    """Seconds the session outlives its connection."""
-    if connect.version != V5:
-        return 0 if connect.clean_start else NEVER
-    interval = connect.properties.session_expiry_interval or 0
-    return NEVER if interval == _EXPIRES_NEVER else interval

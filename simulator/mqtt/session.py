@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol, TypeAlias
 
 from .packets import (
+    V5,
+    Connect,
     PubAck,
     PubComp,
     Publish,
@@ -27,6 +29,18 @@ NEVER: Final = math.inf
 
 Done: TypeAlias = Callable[["int | None"], None]
 """Told how a message ended: the client's reason code, or None when it was dropped undelivered."""
+
+
+def expiry_seconds(interval: int) -> float:
+    """MQTT 5's session expiry interval, whose highest value means for ever (3.1.2.11.2)."""
+    return NEVER if interval == 0xFFFFFFFF else interval
+
+
+def session_expiry(connect: Connect) -> float:
+    """Seconds the session outlives its connection."""
+    if connect.version != V5:
+        return 0 if connect.clean_start else NEVER
+    return expiry_seconds(connect.properties.session_expiry_interval or 0)
 
 
 class Journal(Protocol):

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from gatelet.simulator.mqtt.access import Grant
 from gatelet.simulator.mqtt.broker import Broker
 from gatelet.simulator.mqtt.codec import Decoder, encode
 from gatelet.simulator.mqtt.packets import (
@@ -207,6 +208,20 @@ async def test_what_is_over_is_forgotten(tmp_path: Path) -> None:
         assert one.present
         assert (await one.receive()).payload == b"y"
     await broker.stop()
+
+
+async def test_subscriptions_that_are_not_granted_any_more_end(tmp_path: Path) -> None:
+    for grants, arriving in ((None, ["a", "b"]), ([Grant("a")], ["a"]), (None, ["a"])):
+        broker = Broker(folder=tmp_path, grants=grants)
+        await broker.start()
+        async with client(broker.port, "c") as one:
+            if not one.present:
+                await one.send(Subscribe(1, (Subscription("a"), Subscription("b"))))
+                await one.receive()
+            for topic in ("a", "b"):
+                broker.publish(topic, b"")
+            assert [p.topic for p in await one.until_ping()] == arriving
+        await broker.stop()
 
 
 class WallClock:
