@@ -37,6 +37,7 @@ ACKNOWLEDGED_SECONDS = 1.0
 
 _JOURNAL_LIMIT_BYTES = 1024 * 1024
 _VACUUM_PAGES = 256
+_CHECKPOINT_PAGES = 256
 
 _SCHEMA = f"""
 PRAGMA auto_vacuum=INCREMENTAL;
@@ -529,6 +530,7 @@ class Outbox:
                 writer.executescript(_SCHEMA)
             writer.execute("PRAGMA journal_mode=WAL")
             writer.execute("PRAGMA synchronous=FULL")
+            writer.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")
             writer.execute(f"PRAGMA journal_size_limit={_JOURNAL_LIMIT_BYTES}")
             own = writer.execute("SELECT instance, elapsed FROM own").fetchone()
             if own is None:

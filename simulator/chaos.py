@@ -329,8 +329,11 @@ class Scenario:
     async def _settle(self) -> int:
         """Until nothing is wrong any more; returns the code that is reported then."""
         problems = [""]
-        for _ in range(int(SETTLE_HOURS * HOUR / 10)):
-            await asyncio.sleep(10)
+        end = self.clock.monotonic() + SETTLE_HOURS * HOUR
+        pause = 10.0
+        while self.clock.monotonic() < end:
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.2, 600.0)
             self.life.check()
             problems = self.problems()
             if not problems:
