@@ -12,8 +12,6 @@ module gatelet_requantise (
     input  wire signed [ 7:0] high,
     output reg  signed [ 7:0] result
 );
-  localparam LATENCY = 9;
-
   // 1: the bias, with the input's zero point folded in
   reg signed [31:0] s1_sum;
   reg        [31:0] s1_mul;
