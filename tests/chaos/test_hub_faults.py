@@ -7,6 +7,7 @@ table, because recovering means to go on with the same agent.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -115,6 +116,7 @@ class AgentOnHub:
         await self.outbox.close()
         await self.proxy.stop()
         await self.hub.stop()
+        gc.collect()  # the sockets that the SDK leaves open, while they are ours to ignore
 
     def _submit(self, source: str, version: int, body: bytes) -> Verdict:
         self.documents.append(json.loads(body))
