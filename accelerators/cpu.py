@@ -65,29 +65,40 @@ class CpuBackend:
             raise LoadError(f"{path}: no such file; the variant must name an .onnx file")
         # Read by onnxruntime when its library is loaded.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime
-
-        settings = onnxruntime.SessionOptions()
         threads = options.threads or self._threads or automatic_threads(path.stat().st_size)
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-        # Spinning helpers would take a core from the other models.
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Without it the int8 kernels for x86 CPUs that lack VNNI let 16-bit sums saturate, and the
-        # CPU would answer other bits than the fabric it stands in for.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
-        # Its errors come back as exceptions; a client's bad input must not fill the log.
-        settings.log_severity_level = _LOG_FATAL
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), sess_options=settings, providers=["CPUExecutionProvider"]
-            )
+            try:
+                session = _open(path, threads, exact=True)
+            except _onnxruntime_errors() as error:
+                # Some int8 operators have no kernel in the exact form: then as they are.
+                if "find kernel" not in str(error).lower():
+                    raise
+                session = _open(path, threads, exact=False)
         except _onnxruntime_errors() as error:
             why = _reason(error).replace(str(path), path.name)
             if "protobuf parsing failed" in why.lower():
                 why = "it is damaged or cut short; export the model and package it again"
             raise LoadError(f"onnxruntime cannot load {path.name}: {why}") from error
         return CpuSession(path, session)
+
+
+def _open(path: Path, threads: int, *, exact: bool) -> Any:
+    """An `InferenceSession`. Raises onnxruntime's errors."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    # Spinning helpers would take a core from the other models.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without it the int8 kernels for x86 CPUs that lack VNNI let 16-bit sums saturate, and the
+    # CPU would answer other bits than the fabric it stands in for.
+    settings.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    # Its errors come back as exceptions; a client's bad input must not fill the log.
+    settings.log_severity_level = _LOG_FATAL
+    return onnxruntime.InferenceSession(
+        str(path), sess_options=settings, providers=["CPUExecutionProvider"]
+    )
 
 
 class CpuSession:

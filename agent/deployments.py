@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .manifest import Manifest
-from .plan import Failure, Plan, Wanted, WantedModule
+from .plan import Failure, Load, Plan, Probe, Step, Wanted, WantedModule
 from .scoring_env import ScoringOptions, scoring_options
 from .store import Deployment
 
@@ -88,6 +88,20 @@ def fatal_failure(plan: Plan) -> Failure | None:
     return next((failure for failure in plan.blocked if not failure.retryable), None)
 
 
+def given_up(failures: Mapping[Step, Failure]) -> dict[Step, Failure]:
+    """The failures of a deployment that failed and has nothing to return to.
+
+    Its healthy modules go on, but what kept failing to load or probe is left alone: a model that
+    kills the scoring process must not take the others down again and again.
+    """
+    return {
+        step: replace(failure, retryable=False)
+        if isinstance(step, (Load, Probe)) and failure.count > CRASHES_TOLERATED
+        else failure
+        for step, failure in failures.items()
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Probation:
     """A deployment under watch. `since` (monotonic seconds) is None while it is not healthy."""
@@ -99,15 +113,25 @@ class Probation:
 
 
 def watch(
-    probation: Probation | None, generation: int, settled: bool, boot_id: str, now: float
+    probation: Probation | None,
+    generation: int,
+    settled: bool,
+    boot_id: str,
+    now: float,
+    *,
+    suspect: bool = True,
 ) -> Probation:
-    """The next state of the watch: the time starts anew whenever something is not healthy."""
+    """The next state of the watch: the time starts anew whenever something is not healthy.
+
+    A death of the scoring process counts against the deployment only if it is `suspect`: one of
+    its models was given to the process at all.
+    """
     if probation is None or probation.generation != generation:
         probation = Probation(generation)
     crashes = probation.crashes
     if boot_id and probation.boot_id and boot_id != probation.boot_id:
-        crashes += 1
+        crashes += suspect
     since = probation.since if settled and probation.since is not None else now if settled else None
-    if crashes != probation.crashes:
+    if boot_id != probation.boot_id:
         since = now if settled else None
     return Probation(generation, since, boot_id or probation.boot_id, crashes)

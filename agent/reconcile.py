@@ -18,12 +18,13 @@ from .deployments import (
     Probation,
     choose_goal,
     fatal_failure,
+    given_up,
     inherited_pins,
     wanted_modules,
     watch,
 )
 from .manifest import Manifest, ManifestError, parse_manifest
-from .plan import Failure, Observed, Plan, Pull, Step, Wanted, plan, subject
+from .plan import Failure, Load, Observed, Plan, Pull, Step, Wanted, plan, subject
 from .steps import Executor, Progress, ScoringView, StepFailed, describe
 from .store import Deployment, StateStore, document_hash
 from .twin.backoff import full_jitter
@@ -92,6 +93,7 @@ class Reconciler:
         self._probation: Probation | None = None
         self._manifests: dict[int, Manifest] = {}
         self._done_at: dict[Step, float] = {}
+        self._exposed = 0  # the newest generation of which a model was loaded
 
     # -- documents -----------------------------------------------------------------------------
 
@@ -210,7 +212,14 @@ class Reconciler:
         now = self._clock.monotonic()
         boot_id = scoring.boot_id if scoring is not None else ""
         settled = current.settled and not current.blocked
-        self._probation = watch(self._probation, deployment.generation, settled, boot_id, now)
+        self._probation = watch(
+            self._probation,
+            deployment.generation,
+            settled,
+            boot_id,
+            now,
+            suspect=self._exposed == deployment.generation,
+        )
         if self._probation.crashes > CRASHES_TOLERATED:
             return "failed", (
                 f"the scoring process died {self._probation.crashes} times while this deployment "
@@ -234,7 +243,7 @@ class Reconciler:
             self._wanted(goal.wanted),
             fallback,
             observed,
-            self._failures,
+            given_up(self._failures) if goal.wanted.phase == "failed" else self._failures,
             frozenset(keep),
             self._clock.monotonic(),
         )
@@ -269,8 +278,11 @@ class Reconciler:
         # somebody undoes it): it must not spin.
         soonest = self._clock.monotonic() - self._settings.retry_base_seconds
         self._done_at = {step: at for step, at in self._done_at.items() if at > soonest}
+        wanted = {module.instance for module in self._wanted(deployment).modules}
         for step in current.steps:
             if subject(step) not in self._tasks and step not in self._done_at:
+                if isinstance(step, Load) and step.instance in wanted:
+                    self._exposed = deployment.generation
                 task = asyncio.get_running_loop().create_task(
                     self._carry_out(deployment.generation, step, credentials)
                 )

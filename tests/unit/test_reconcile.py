@@ -352,3 +352,41 @@ async def test_a_scoring_process_that_is_away_delays_but_does_not_fail(device: D
     assert device.phase() == "applying"
     device.scoring.up = True
     await device.until(lambda: device.phase() == "good")
+
+
+async def test_a_deadly_first_deployment_is_left_alone_and_its_healthy_module_serves(
+    device: Device,
+) -> None:
+    device.scoring.deadly.add(digest("r/deadly:d"))
+    device.reconciler.submit("local", 0, manifest(deadly="r/deadly:d", good="r/good:g"))
+    await device.until(lambda: device.phase() == "failed")
+    await device.until(lambda: device.scoring.serving() == {"good": short("r/good:g")})
+    boots = device.scoring.boot
+    passes = []
+
+    def many_passes() -> bool:
+        passes.append(device.scoring.boot)
+        return len(passes) > 200
+
+    await device.until(many_passes)
+    assert device.scoring.boot <= boots + 1
+    assert device.scoring.serving() == {"good": short("r/good:g")}
+
+
+async def test_deaths_of_the_scoring_process_before_any_model_was_loaded_are_not_its_fault(
+    device: Device,
+) -> None:
+    device.images.held["r/digits:v1"] = asyncio.Event()
+    device.reconciler.submit("iothub", 1, manifest(digits="r/digits:v1"))
+    await device.until(lambda: bool(device.snapshot.progress))
+    for _ in range(5):
+        device.scoring.crash()
+        boot = f"boot-{device.scoring.boot}"
+        await device.until(
+            lambda boot=boot: (
+                device.snapshot.scoring is not None and device.snapshot.scoring.boot_id == boot
+            )
+        )
+    assert device.phase() == "applying"
+    device.images.held["r/digits:v1"].set()
+    await device.until(lambda: device.phase() == "good")
