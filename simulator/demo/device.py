@@ -18,6 +18,7 @@ START_SECONDS = 30.0
 DEPLOY_SECONDS = 30.0
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.02
+BOARD, NO_BOARD = "pynq-z2", "none"
 
 
 class DemoError(Exception):
@@ -31,6 +32,11 @@ class Device:
     folder: Path
     site: dict[str, Any]
     grpc_address: str
+
+    @property
+    def preferred_backend(self) -> str:
+        """What answers when a deployment prefers the FPGA."""
+        return "cpu" if self.site["board"]["name"] == NO_BOARD else "fpga"
 
     def status(self) -> dict[str, Any]:
         """What `gatelet status --json` prints."""
@@ -66,12 +72,16 @@ class Device:
 
 
 @contextmanager
-def running_device(folder: Path) -> Iterator[Device]:
+def running_device(folder: Path, board: str = BOARD) -> Iterator[Device]:
     """Start a simulated site and an agent on it; both have ended when the block is left."""
     grpc_address = f"127.0.0.1:{_free_port()}"
     me = (sys.executable, "-m", "gatelet.agent.main")
+    needed = {"scoring"} if board == NO_BOARD else {"scoring", "fabric"}
     with _process(
-        (*me, "sim", "up", "--json", "--dir", str(folder), "--grpc-address", grpc_address),
+        (
+            *(*me, "sim", "up", "--json", "--dir", str(folder)),
+            *("--grpc-address", grpc_address, "--board", board),
+        ),
         folder / "site.log",
     ) as site:
         device = Device(folder, _announcement(site, folder / "site.log"), grpc_address)
@@ -80,7 +90,7 @@ def running_device(folder: Path) -> Iterator[Device]:
                 "the agent starts and connects",
                 lambda status: (
                     all(link["connected"] for link in status["links"])
-                    and {"fabric", "scoring"} <= set(status["processes"])
+                    and needed <= set(status["processes"])
                 ),
                 START_SECONDS,
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -20,7 +22,7 @@ from ...agent.scoring.client import ScoringClient
 from ...agent.scoring.errors import ScoringError
 from .cloud import HubOperator, deployment, publish_desired
 from .dataset import load_heldout, model_directory
-from .device import DEPLOY_SECONDS, DemoError, Device, running_device
+from .device import BOARD, DEPLOY_SECONDS, NO_BOARD, DemoError, Device, running_device
 
 ENDPOINT = "digits"
 STREAM_ROUNDS = 3
@@ -124,9 +126,12 @@ def run_demo(
 ) -> list[Row]:
     """Run all steps; `announce` hears what begins, `on_row` what was measured. Raises DemoError."""
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="gatelet-demo-") as name:
-            return run_demo(announce, on_row, Path(name))
-    rows: list[Row] = []
+        # Removed only after success: an error names the logs in it.
+        folder = Path(tempfile.mkdtemp(prefix="gatelet-demo-"))
+        rows = run_demo(announce, on_row, folder)
+        shutil.rmtree(folder)
+        return rows
+    rows = []
 
     def done(row: Row) -> None:
         rows.append(row)
@@ -134,8 +139,9 @@ def run_demo(
 
     started = time.perf_counter()
     announce("starting the simulated site and the agent")
-    with running_device(folder) as device:
-        board = device.site["board"]["name"]
+    fabric = importlib.util.find_spec("pynq") is not None
+    with running_device(folder, BOARD if fabric else NO_BOARD) as device:
+        board = f"simulated {BOARD}" if fabric else "no FPGA steps: pynq is not installed here"
         done(
             Row(
                 "start",
@@ -145,9 +151,8 @@ def run_demo(
         )
         client = Client(device.grpc_address)
         try:
-            for step in (_cpu, _fpga, _mqtt, _fabric_killed, _broken_image):
-                done_rows = step(device, client, announce)
-                for row in done_rows:
+            for step in (_cpu, _fpga, _mqtt, *((_fabric_killed,) if fabric else ()), _broken_image):
+                for row in step(device, client, announce):
                     done(row)
         finally:
             client.close()
@@ -187,7 +192,7 @@ def _fpga(device: Device, client: Client, announce: Announce) -> list[Row]:
         "deploy v2", "swapped under traffic by IoT Hub twin", time.perf_counter() - started
     )
     announce(f"scoring {len(client)} held-out digits on the fabric")
-    return [row, _scored(device, client, "score v2", "fpga")]
+    return [row, _scored(device, client, "score v2", device.preferred_backend)]
 
 
 def _mqtt(device: Device, client: Client, announce: Announce) -> list[Row]:
@@ -199,7 +204,7 @@ def _mqtt(device: Device, client: Client, announce: Announce) -> list[Row]:
         _until_good(device, "mqtt")
         _until_answered_by("3", traffic)
     row = traffic.row("deploy v3", "swapped under traffic over MQTT", time.perf_counter() - started)
-    return [row, _scored(device, client, "score v3", "fpga")]
+    return [row, _scored(device, client, "score v3", device.preferred_backend)]
 
 
 def _fabric_killed(device: Device, client: Client, announce: Announce) -> list[Row]:
@@ -236,7 +241,7 @@ def _broken_image(device: Device, client: Client, announce: Announce) -> list[Ro
     if set(traffic.versions) != {"3"}:
         raise DemoError(f"versions {set(traffic.versions)} answered, expected only the old one")
     row = traffic.row("deploy broken", reported["lastDesiredStatus"]["description"], took)
-    return [row, _scored(device, client, "score v3 still", "fpga")]
+    return [row, _scored(device, client, "score v3 still", device.preferred_backend)]
 
 
 def push(device: Device, version: str) -> tuple[str, int]:
