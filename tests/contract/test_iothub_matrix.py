@@ -1,8 +1,7 @@
 """Every way the SDK has to be a client of a hub, against the stand-in: device or module, key or
 certificate, synchronous or asyncio, MQTT on 8883 or over websockets on 443.
 
-`python -m pytest tests/contract/test_iothub_matrix.py` in an environment with another release of
-azure-iot-device tests that release; tests/compat/azure_iot_device.sh makes such an environment.
+tests/compat/test_newer_releases.py runs it again with a newer release of azure-iot-device.
 """
 
 from __future__ import annotations
