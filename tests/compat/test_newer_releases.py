@@ -1,6 +1,6 @@
 """Contract tests with a pre-release: the newest azure-iot-device that is on paho-mqtt 2.
 
-The environment of the tests has the last stable SDK, and with it paho-mqtt 1; here a folder with the
+The environment of the tests has the last stable SDK, and with it paho-mqtt 1; a folder with the
 newer ones lies in front of it. SDK 3.0.0b2 has a higher number but is older and on paho-mqtt 1.
 """
 
