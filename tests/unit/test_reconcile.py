@@ -78,6 +78,8 @@ class ScoringDouble:
     routes: tuple[Route, ...] = ()
     broken: set[str] = field(default_factory=set)
     deadly: set[str] = field(default_factory=set)
+    forgetful: bool = False
+    probes: int = 0
 
     def crash(self) -> None:
         self.boot += 1
@@ -102,7 +104,9 @@ class ScoringDouble:
         self.states[instance] = "loaded"
 
     async def probe(self, instance: str) -> None:
-        self.states[instance] = "ready"
+        self.probes += 1
+        if not self.forgetful:
+            self.states[instance] = "ready"
 
     async def switch(self, routes: tuple[Route, ...]) -> None:
         self.routes = routes
@@ -141,7 +145,13 @@ def manifest(**images: str) -> bytes:
 class Device:
     """A reconciler with its store and doubles, and a way to wait for what it publishes."""
 
-    def __init__(self, path: Path, images: ImagesDouble, scoring: ScoringDouble) -> None:
+    def __init__(
+        self,
+        path: Path,
+        images: ImagesDouble,
+        scoring: ScoringDouble,
+        settings: ReconcileSettings = SETTINGS,
+    ) -> None:
         self.images = images
         self.scoring = scoring
         self.store = StateStore(path / "state.db", SystemClock())
@@ -151,7 +161,7 @@ class Device:
             self.store,
             Executor(images, scoring, self.store.pin),
             SystemClock(),
-            SETTINGS,
+            settings,
             self._publish,
         )
         self._task = asyncio.ensure_future(self.reconciler.run())
@@ -390,3 +400,20 @@ async def test_deaths_of_the_scoring_process_before_any_model_was_loaded_are_not
     assert device.phase() == "applying"
     device.images.held["r/digits:v1"].set()
     await device.until(lambda: device.phase() == "good")
+
+
+async def test_a_step_that_is_done_without_effect_does_not_spin(tmp_path: Path) -> None:
+    slow = ReconcileSettings(probation_seconds=0.1, retry_base_seconds=60, retry_cap_seconds=60)
+    device = Device(tmp_path, ImagesDouble(), ScoringDouble(forgetful=True), slow)
+    try:
+        device.reconciler.submit("local", 0, manifest(digits="r/digits:v1"))
+        passes = []
+
+        def many_passes() -> bool:
+            passes.append(device.scoring.probes)
+            return len(passes) > 100
+
+        await device.until(many_passes)
+        assert device.scoring.probes == 1
+    finally:
+        await device.stop()
