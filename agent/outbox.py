@@ -539,6 +539,7 @@ class Outbox:
             totals = writer.execute("SELECT count(*), sum(size), max(at) FROM message").fetchone()
             dropped = dict(writer.execute("SELECT reason, count FROM dropped").fetchall())
         except BaseException:
+            # Nobody else knows of these connections yet. Whatever it was is raised again.
             for db in opened:
                 db.close()
             raise

@@ -67,6 +67,7 @@ async def register(source: Dps, network: Network) -> Assignment:
                 "enrolment and the service's linked hubs"
             )
     except BaseException:
+        # Also a cancellation: the SDK's timers would keep the process alive. It is raised again.
         _abandon(client)
         raise
     _log.info("provisioned as %s at %s", state.device_id, state.assigned_hub)

@@ -45,6 +45,7 @@ class Job:
         try:
             done(value)
         except Exception:
+            # A receiver's defect is its own: the log has it whole, the batch goes on.
             log.exception("whoever waited for an answer could not take it")
 
 

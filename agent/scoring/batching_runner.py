@@ -312,6 +312,7 @@ class BatchRunner:
             for job in jobs:
                 job.finish(ScoringError(error.code, error.message, error.retry_after))
         except Exception:
+            # A defect must not leave callers waiting: they get INTERNAL, the log the traceback.
             log.exception("%s: a run hit a defect of the server", self._name)
             for job in jobs:
                 job.finish(ScoringError(Code.INTERNAL, f"{self._name}: {DEFECT}"))

@@ -158,6 +158,7 @@ class InferenceService:
         except ScoringError as error:
             text = error.message
         except Exception:
+            # One defect must not end the stream: the client is told, the log has it whole.
             log.exception("a scoring request hit a defect of the server")
             text = DEFECT
         else:
@@ -310,6 +311,7 @@ def _answer(context: grpc.ServicerContext, work: Callable[[], T]) -> T:
             context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
         context.abort(_STATUS[error.code], error.message)
     except Exception:
+        # The client gets INTERNAL without our internals, the log the whole traceback.
         log.exception("a scoring request hit a defect of the server")
         context.abort(grpc.StatusCode.INTERNAL, DEFECT)
 
