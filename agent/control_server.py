@@ -85,3 +85,27 @@ class _Service:
                     encoded = msgspec.json.encode(await self._server._status())
             last = encoded
             yield pb.AgentStatusResponse(json=encoded)
+
+    async def preview(
+        self, request: pb.PreviewRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.PreviewResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Preview")
+        return pb.PreviewResponse()
+
+    async def rollback(
+        self, request: pb.RollbackRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ApplyResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Rollback")
+        return pb.ApplyResponse()
+
+    async def invoke(
+        self, request: pb.InvokeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.InvokeResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Invoke")
+        return pb.InvokeResponse()
+
+    async def logs(
+        self, request: pb.LogsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.LogsResponse]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Logs")
+        yield pb.LogsResponse()

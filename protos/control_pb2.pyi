@@ -22,14 +22,18 @@ class ScoringOptions(_message.Message):
     def __init__(self, backends: _Optional[_Iterable[str]] = ..., max_batch: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("instance", "directory", "options")
+    __slots__ = ("instance", "directory", "options", "socket", "model")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     instance: str
     directory: str
     options: ScoringOptions
-    def __init__(self, instance: _Optional[str] = ..., directory: _Optional[str] = ..., options: _Optional[_Union[ScoringOptions, _Mapping]] = ...) -> None: ...
+    socket: str
+    model: str
+    def __init__(self, instance: _Optional[str] = ..., directory: _Optional[str] = ..., options: _Optional[_Union[ScoringOptions, _Mapping]] = ..., socket: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("status",)
@@ -166,6 +170,68 @@ class ApplyResponse(_message.Message):
     description: str
     generation: int
     def __init__(self, code: _Optional[int] = ..., description: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class PreviewRequest(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    def __init__(self, manifest: _Optional[bytes] = ...) -> None: ...
+
+class PreviewResponse(_message.Message):
+    __slots__ = ("code", "description", "json")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    description: str
+    json: bytes
+    def __init__(self, code: _Optional[int] = ..., description: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class InvokeRequest(_message.Message):
+    __slots__ = ("method", "payload")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    payload: bytes
+    def __init__(self, method: _Optional[str] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class InvokeResponse(_message.Message):
+    __slots__ = ("status", "payload")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    status: int
+    payload: bytes
+    def __init__(self, status: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class LogsRequest(_message.Message):
+    __slots__ = ("module", "tail", "since", "until", "follow")
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    tail: int
+    since: str
+    until: str
+    follow: bool
+    def __init__(self, module: _Optional[str] = ..., tail: _Optional[int] = ..., since: _Optional[str] = ..., until: _Optional[str] = ..., follow: bool = ...) -> None: ...
+
+class LogsResponse(_message.Message):
+    __slots__ = ("at", "stream", "text")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    at: str
+    stream: str
+    text: str
+    def __init__(self, at: _Optional[str] = ..., stream: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class AgentStatusRequest(_message.Message):
     __slots__ = ()

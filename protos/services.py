@@ -166,6 +166,10 @@ class AgentStub(Stub["grpc.Channel"]):
     apply: Unary[control.ApplyRequest, control.ApplyResponse]
     status: Unary[control.AgentStatusRequest, control.AgentStatusResponse]
     watch: Stream[control.AgentStatusRequest, control.AgentStatusResponse]
+    preview: Unary[control.PreviewRequest, control.PreviewResponse]
+    rollback: Unary[control.RollbackRequest, control.ApplyResponse]
+    invoke: Unary[control.InvokeRequest, control.InvokeResponse]
+    logs: Stream[control.LogsRequest, control.LogsResponse]
 
 
 class AsyncAgentStub(Stub["grpc.aio.Channel"]):
@@ -173,6 +177,10 @@ class AsyncAgentStub(Stub["grpc.aio.Channel"]):
     apply: AsyncUnary[control.ApplyRequest, control.ApplyResponse]
     status: AsyncUnary[control.AgentStatusRequest, control.AgentStatusResponse]
     watch: AsyncStream[control.AgentStatusRequest, control.AgentStatusResponse]
+    preview: AsyncUnary[control.PreviewRequest, control.PreviewResponse]
+    rollback: AsyncUnary[control.RollbackRequest, control.ApplyResponse]
+    invoke: AsyncUnary[control.InvokeRequest, control.InvokeResponse]
+    logs: AsyncStream[control.LogsRequest, control.LogsResponse]
 
 
 def handlers(
