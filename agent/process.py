@@ -24,6 +24,7 @@ from .conditions import Condition, Start, conditions, note_starts
 from .config import AgentConfig, ConfigError, read_secret
 from .control_server import ControlServer
 from .images import RegistryImages
+from .methods.commands import DeviceCommands
 from .module_spec import ModuleSpec
 from .outbox import Limits, Outbox
 from .outbox_sender import OutboxSender
@@ -146,7 +147,10 @@ class Agent:
         if outbox is not None and self._upstream is not None:
             self._sender = OutboxSender(outbox, self._upstream, self._upstream_connected, jitter)
             self._events = LifecycleEvents(outbox, store, config.device_id, clock)
-        self._control: Control = control(config.agent_socket, self._apply, self._status)
+        self._commands = DeviceCommands(self._invoke)
+        self._control: Control = control(
+            config.agent_socket, self._apply, self._status, self._commands
+        )
         self._snapshot = Snapshot()
         self._starts: dict[str, Start] = {}
         self._notices: set[asyncio.Task[None]] = set()
@@ -189,6 +193,9 @@ class Agent:
 
     def _apply(self, manifest: bytes) -> Verdict:
         return self._reconciler.submit(LOCAL, 0, manifest, always=True)
+
+    async def _invoke(self, method: str, payload: Any) -> MethodResult:
+        return await self._publisher.method(LOCAL, method, payload)
 
     # -- reports -------------------------------------------------------------------------------
 

@@ -104,6 +104,18 @@ class _Agent:
         for number in range(3):
             yield control.AgentStatusResponse(json=str(number).encode())
 
+    def preview(self, request: object, context: object) -> control.PreviewResponse:
+        return control.PreviewResponse(code=200)
+
+    def rollback(self, request: object, context: object) -> control.ApplyResponse:
+        return control.ApplyResponse(code=200)
+
+    def invoke(self, request: object, context: object) -> control.InvokeResponse:
+        return control.InvokeResponse(status=200)
+
+    def logs(self, request: object, context: object) -> object:
+        yield control.LogsResponse(text="line")
+
 
 def test_handlers_and_stub_meet(tmp_path: Path) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
