@@ -8,18 +8,22 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ScoringOptions(_message.Message):
-    __slots__ = ("backends", "max_batch", "max_delay_us", "timeout_ms", "threads")
+    __slots__ = ("backends", "max_batch", "max_delay_us", "timeout_ms", "threads", "instances", "priority")
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_DELAY_US_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     backends: _containers.RepeatedScalarFieldContainer[str]
     max_batch: int
     max_delay_us: int
     timeout_ms: int
     threads: int
-    def __init__(self, backends: _Optional[_Iterable[str]] = ..., max_batch: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+    instances: int
+    priority: int
+    def __init__(self, backends: _Optional[_Iterable[str]] = ..., max_batch: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., threads: _Optional[int] = ..., instances: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("instance", "directory", "options", "socket", "model")
@@ -54,22 +58,28 @@ class ProbeResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[InstanceStatus, _Mapping]] = ...) -> None: ...
 
 class RouteTarget(_message.Message):
-    __slots__ = ("instance", "percent", "default")
+    __slots__ = ("instance", "percent", "default", "mirror", "mirror_tolerance")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     PERCENT_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     instance: str
     percent: int
     default: bool
-    def __init__(self, instance: _Optional[str] = ..., percent: _Optional[int] = ..., default: bool = ...) -> None: ...
+    mirror: int
+    mirror_tolerance: float
+    def __init__(self, instance: _Optional[str] = ..., percent: _Optional[int] = ..., default: bool = ..., mirror: _Optional[int] = ..., mirror_tolerance: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("endpoint", "targets")
+    __slots__ = ("endpoint", "targets", "sticky_header")
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    STICKY_HEADER_FIELD_NUMBER: _ClassVar[int]
     endpoint: str
     targets: _containers.RepeatedCompositeFieldContainer[RouteTarget]
-    def __init__(self, endpoint: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ...) -> None: ...
+    sticky_header: str
+    def __init__(self, endpoint: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ..., sticky_header: _Optional[str] = ...) -> None: ...
 
 class SwitchRequest(_message.Message):
     __slots__ = ("routes",)
@@ -110,7 +120,7 @@ class BackendStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., healthy: bool = ..., detail: _Optional[str] = ..., requests: _Optional[int] = ..., failures: _Optional[int] = ..., fallbacks: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("instance", "state", "error", "model", "version", "backends", "notes")
+    __slots__ = ("instance", "state", "error", "model", "version", "backends", "notes", "counts", "mirror", "memory")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[InstanceStatus.State]
@@ -128,6 +138,9 @@ class InstanceStatus(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     instance: str
     state: InstanceStatus.State
     error: str
@@ -135,7 +148,46 @@ class InstanceStatus(_message.Message):
     version: str
     backends: _containers.RepeatedCompositeFieldContainer[BackendStatus]
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, instance: _Optional[str] = ..., state: _Optional[_Union[InstanceStatus.State, str]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    counts: InstanceCounts
+    mirror: MirrorCounts
+    memory: MemoryStatus
+    def __init__(self, instance: _Optional[str] = ..., state: _Optional[_Union[InstanceStatus.State, str]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., counts: _Optional[_Union[InstanceCounts, _Mapping]] = ..., mirror: _Optional[_Union[MirrorCounts, _Mapping]] = ..., memory: _Optional[_Union[MemoryStatus, _Mapping]] = ...) -> None: ...
+
+class InstanceCounts(_message.Message):
+    __slots__ = ("successes", "failures", "success_ns")
+    SUCCESSES_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    SUCCESS_NS_FIELD_NUMBER: _ClassVar[int]
+    successes: int
+    failures: int
+    success_ns: int
+    def __init__(self, successes: _Optional[int] = ..., failures: _Optional[int] = ..., success_ns: _Optional[int] = ...) -> None: ...
+
+class MirrorCounts(_message.Message):
+    __slots__ = ("compared", "differing", "failed", "dropped", "largest_difference")
+    COMPARED_FIELD_NUMBER: _ClassVar[int]
+    DIFFERING_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    compared: int
+    differing: int
+    failed: int
+    dropped: int
+    largest_difference: float
+    def __init__(self, compared: _Optional[int] = ..., differing: _Optional[int] = ..., failed: _Optional[int] = ..., dropped: _Optional[int] = ..., largest_difference: _Optional[float] = ...) -> None: ...
+
+class MemoryStatus(_message.Message):
+    __slots__ = ("resident", "bytes", "loads", "evictions")
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    resident: bool
+    bytes: int
+    loads: int
+    evictions: int
+    def __init__(self, resident: bool = ..., bytes: _Optional[int] = ..., loads: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
