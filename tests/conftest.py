@@ -34,6 +34,11 @@ from gatelet.simulator.iothub.devices import ClientId
 from gatelet.simulator.site import EDGE_AGENT, Site, SiteSettings
 from hypothesis import settings
 
+# What several folders of tests share lies next to this file.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_fixture import engine as engine
+
 # Laws are about results: on a busy machine an example may take long.
 settings.register_profile("gatelet", deadline=None)
 settings.load_profile("gatelet")
