@@ -14,11 +14,13 @@ from .document import (
     ManifestError,
     Node,
     decoded,
+    joined,
     parse_json,
     shown,
     without_nulls,
 )
 from .edge_hub import EdgeHub, parse_edge_hub
+from .layers import LAYERS, check_parts, laid_over, merge_layers
 from .module_spec import (
     MAX_STARTUP_ORDER,
     DesiredRunState,
@@ -57,6 +59,7 @@ _MODULE_NAME = re.compile(r"[a-zA-Z0-9_-]+", re.ASCII)
 # A name must also be a legal twin key, since it is reported back.
 _ENV_NAME = re.compile(r"[^+#$\s.=\x00-\x1f\x7f-\x9f]{1,512}")
 _SCHEMA = re.compile(r"1\.[01](\.[0-9]{1,9}){0,2}", re.ASCII)
+_DESIRED = "properties.desired"
 _OUTER_KEYS = ("content", "modulesContent", "moduleContent", "deployment")
 
 _STATUSES = ("running", "stopped")
@@ -70,6 +73,7 @@ class Manifest(msgspec.Struct, frozen=True):
     `system_modules` holds edgeAgent and, when given, edgeHub. `registry_credentials` keep the
     order of the document, because the first match wins. `edge_hub` is None when the document has
     no `$edgeHub` section; `module_twins` names the modules it brings desired properties for.
+    `ignored` are parts without effect here: (path, reason).
     """
 
     schema_version: str
@@ -79,21 +83,23 @@ class Manifest(msgspec.Struct, frozen=True):
     registry_credentials: tuple[RegistryCredential, ...] = ()
     edge_hub: EdgeHub | None = None
     module_twins: tuple[str, ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
 
 
 def parse_manifest(body: bytes) -> Manifest:
     """Read a deployment manifest (IoT Edge schema 1.0 or 1.1) as JSON.
 
     Accepted are a whole manifest (`modulesContent`, legacy `moduleContent`), the same inside
-    `content` as configurations have it, the desired properties of `$edgeAgent` alone (`$version`
-    and `$metadata` ignored), and any of these under a device twin's `deployment`. Null members
-    count as absent, as in a twin. Other keys than the schema's are refused: edgeAgent would
-    ignore them, and with them a misspelt option.
+    `content` as configurations have it, `layers` of these to be merged (see layers.py), the desired
+    properties of `$edgeAgent` alone (`$version` and `$metadata` ignored), and any of these under a
+    device twin's `deployment`. Null members count as absent, as in a twin. Other keys than the
+    schema's are refused: edgeAgent would ignore them, and with them a misspelt option.
 
     Raises ManifestError: 417 for an empty document, 412 for another schema version, 400 for
     anything else that is wrong.
     """
-    desired, outer = _unwrap(Node(parse_json(decoded(body), "")))
+    ignored: list[tuple[str, str]] = []
+    desired, outer = _unwrap(Node(parse_json(decoded(body), "")), ignored)
     desired = Node(without_nulls(desired.value), desired.path)
     if not [key for key in desired.members() if not key.startswith("$")]:
         raise desired.fail(
@@ -124,13 +130,20 @@ def parse_manifest(body: bytes) -> Manifest:
         registry_credentials=credentials,
         edge_hub=edge_hub,
         module_twins=module_twins,
+        ignored=tuple(ignored),
     )
 
 
-def _unwrap(node: Node) -> tuple[Node, Node | None]:
+def _unwrap(node: Node, ignored: list[tuple[str, str]]) -> tuple[Node, Node | None]:
     """The desired properties of `$edgeAgent`, and the `modulesContent` they came in (if any)."""
     while True:
         members = node.members()
+        if LAYERS in members and "systemModules" not in members:
+            merged = merge_layers(node)
+            ignored += merged.ignored
+            whole = {name: {_DESIRED: part} for name, part in merged.sections.items()}
+            node = Node({"modulesContent": whole})
+            continue
         key = next((name for name in _OUTER_KEYS if name in members), None)
         if key is None or "systemModules" in members:
             return node, None
@@ -148,13 +161,16 @@ def _unwrap(node: Node) -> tuple[Node, Node | None]:
 
 def _desired(section: Node) -> Node:
     members = section.members()
-    layered = [key for key in members if key.startswith("properties.desired.")]
-    if layered:
+    layered = [key for key in members if key.startswith(f"{_DESIRED}.")]
+    if layered and _DESIRED not in members:
         raise members[layered[0]].fail(
-            "a layered deployment is merged by the hub; this version needs a whole "
-            "properties.desired here"
+            "a layered deployment needs a base: apply it with --layer, or send it with its base "
+            "under 'layers'"
         )
-    return section.fields(("properties.desired",))["properties.desired"]
+    if layered:
+        check_parts(members)
+        return Node(laid_over({}, members), joined(section.path, _DESIRED))
+    return section.fields((_DESIRED,))[_DESIRED]
 
 
 def _other_sections(outer: Node | None) -> tuple[EdgeHub | None, tuple[str, ...]]:

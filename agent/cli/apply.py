@@ -13,8 +13,10 @@ from .command import (
     add_json_option,
     configuration,
     print_json,
+    wrong_use,
 )
 
+MISFITS_SHOWN = 8
 DONE_PHASES = ("good", "failed", "superseded")
 
 
@@ -26,6 +28,13 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "once the agent has accepted it.",
     )
     parser.add_argument("file", help="the manifest, or - for standard input")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="PRIORITY:FILE",
+        help="a layered deployment to lay over the manifest (again for more; the highest wins)",
+    )
     parser.add_argument(
         "--wait", action="store_true", help="wait until the deployment is good or has failed"
     )
@@ -41,7 +50,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     from .agent_client import AgentClient
 
     config = configuration(arguments)
-    body = _read(arguments.file)
+    body = document(arguments.file, arguments.layer)
     with AgentClient(config.agent_socket) as agent:
         code, description, generation = agent.apply(body)
         if code != 200:
@@ -97,6 +106,38 @@ def _wait(agent: Any, generation: int, arguments: argparse.Namespace) -> dict[st
         f"deployment {generation} is not good after {arguments.timeout:g} s; the agent goes on "
         "with it: see `gatelet status`"
     )
+
+
+def document(file: str, layers: list[str]) -> bytes:
+    """The manifest in `file` under `layers` (PRIORITY:FILE each), as one document.
+
+    What would not fit a twin is said on standard error: here it does no harm. Raises CommandError.
+    """
+    from ..document import ManifestError
+    from ..layers import layered_document
+    from ..twin_fit import twin_misfits
+
+    body = _read(file)
+    try:
+        if layers:
+            body = layered_document(body, [_layer(option) for option in layers])
+        misfits = twin_misfits(body)
+    except ManifestError as error:
+        if layers:
+            raise CommandError(f"the manifest and its layers ({error.code}): {error}") from error
+        return body  # the agent says what is wrong with it
+    for misfit in misfits[:MISFITS_SHOWN]:
+        print(f"gatelet: IoT Hub would not take this: {misfit}", file=sys.stderr)
+    if len(misfits) > MISFITS_SHOWN:
+        print(f"gatelet: ... and {len(misfits) - MISFITS_SHOWN} more", file=sys.stderr)
+    return body
+
+
+def _layer(option: str) -> tuple[int, str, bytes]:
+    priority, colon, file = option.partition(":")
+    if not colon or not priority.isdecimal() or not 0 < int(priority) < 2**31:
+        wrong_use(f"--layer {option}: expected PRIORITY:FILE such as 10:site.json")
+    return int(priority), Path(file).stem, _read(file)
 
 
 def _read(file: str) -> bytes:
