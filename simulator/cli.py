@@ -14,6 +14,8 @@ import msgspec
 
 from ..agent.cli.command import CommandError, add_json_option, print_json
 from .board.boards import BOARDS
+from .iothub.state import StateUnreadable
+from .mqtt.store import StoreUnreadable
 from .site import BOARD_DEVICE, Site
 from .site_config import (
     BROKER,
@@ -71,8 +73,39 @@ def _add_server(kinds: Any, name: str, what: str) -> None:
             "--grpc-address",
             help="where the agent of this site serves scoring requests (default: 127.0.0.1:8001)",
         )
+    if name in ("up", "hub"):
+        up.add_argument(
+            "--edge-module",
+            action="append",
+            metavar="NAME",
+            help="give this module of the device what IoT Edge gives a module: environment and "
+            "workload socket (may be repeated)",
+        )
+    if name == "broker":
+        _add_broker_options(up)
     add_json_option(up)
     up.set_defaults(run=_up, part=name)
+
+
+def _add_broker_options(broker: argparse.ArgumentParser) -> None:
+    """Flags of `[broker]`; access lists and further users are in the file only."""
+    broker.add_argument("--port", type=int, help="listen here (default: a free port)")
+    broker.add_argument("--tls", action="store_true", help="TLS, from a CA of the site's own")
+    broker.add_argument(
+        "--client-certificate",
+        action="append",
+        metavar="USER",
+        help="issue a client certificate for this user (may be repeated)",
+    )
+    broker.add_argument(
+        "--require-certificate", action="store_true", help="let nobody in by password"
+    )
+    broker.add_argument(
+        "--websockets", action="store_true", help="serve websockets too, on a second port"
+    )
+    broker.add_argument(
+        "--persist", action="store_true", help="keep sessions and messages in --dir"
+    )
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -98,9 +131,33 @@ def _settings(arguments: argparse.Namespace, folder: Path) -> SiteSettings:
     changes = {name: value for name, value in said.items() if value is not None}
     if arguments.part != "up":
         changes["parts"] = _PARTS[arguments.part][0]
+    if modules := getattr(arguments, "edge_module", None):
+        changes["edge_modules"] = tuple(dict.fromkeys((*base.edge_modules, *modules)))
+    if arguments.part == "broker":
+        changes |= _broker_changes(arguments, base)
     settings = msgspec.structs.replace(base, **changes)
     check(settings)
+    if settings.broker.persist and BROKER in settings.parts and settings.folder == folder:
+        raise SiteConfigError("the broker can persist only in a folder that stays: add --dir DIR")
     return msgspec.structs.replace(settings, folder=settings.folder.absolute())
+
+
+def _broker_changes(arguments: argparse.Namespace, base: SiteSettings) -> dict[str, Any]:
+    broker = base.broker
+    certificates = (*broker.client_certificates, *(arguments.client_certificate or ()))
+    changes: dict[str, Any] = {
+        "broker": msgspec.structs.replace(
+            broker,
+            tls=broker.tls or arguments.tls,
+            client_certificates=tuple(dict.fromkeys(certificates)),
+            require_certificate=broker.require_certificate or arguments.require_certificate,
+            persist=broker.persist or arguments.persist,
+            websockets=broker.websockets or arguments.websockets,
+        )
+    }
+    if arguments.port is not None:
+        changes["ports"] = msgspec.structs.replace(base.ports, broker=arguments.port)
+    return changes
 
 
 async def _serve(arguments: argparse.Namespace, settings: SiteSettings) -> int:
@@ -110,7 +167,7 @@ async def _serve(arguments: argparse.Namespace, settings: SiteSettings) -> int:
     try:
         site = Site(settings)
         await site.start()
-    except OSError as error:
+    except (OSError, StateUnreadable, StoreUnreadable) as error:
         raise CommandError(f"cannot start the site in {settings.folder}: {error}") from error
     try:
         if arguments.json:
@@ -131,7 +188,14 @@ def _tell(about: dict[str, Any]) -> None:
         print(f"           web page {hub['pageUrl']}")
     if "broker" in about:
         broker = about["broker"]
-        print(f"broker     {broker['host']}:{broker['port']}, user {broker['username']}")
+        tls = f", TLS, CA in {broker['caFile']}" if broker["tls"] else ""
+        print(f"broker     {broker['host']}:{broker['port']}, user {broker['username']}{tls}")
+        if broker["websocketUrl"]:
+            print(f"           websockets {broker['websocketUrl']}")
+        for user, files in broker["clientCertificates"].items():
+            print(f"           certificate of {user}: {files['certFile']}, {files['keyFile']}")
+    if "edge" in about:
+        print(f"IoT Edge   {', '.join(about['edge']['modules'])} at {about['edge']['workloadUri']}")
     if "registry" in about:
         print(f"registry   {about['registry']['address']}")
     if "board" in about:

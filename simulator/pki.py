@@ -330,7 +330,8 @@ def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: str | None = None) -> 
 
 
 def _file_stem(name: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+    """Different for different names: `a/b` must not be given what was issued to `a_b`."""
+    return "".join(c if c.isalnum() or c in ".-_" else f"%{ord(c):x}%" for c in name)
 
 
 def _write(path: Path, content: bytes) -> None:

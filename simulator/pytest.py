@@ -10,7 +10,7 @@ thread but the servers' own. Nothing is imported until a fixture is used.
                  faults are cleared and identities made with `new_device` deleted afterwards
 `mqtt_broker`    the broker
 `oci_registry`   the registry
-`gatelet_site_settings`   override it (session scope) for other boards, ports or devices
+`gatelet_site_settings`   override it (session scope) for another site: devices, broker, ports
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .background import BackgroundLoop
     from .iothub.telemetry import Message
+    from .pki import CertificateFiles
     from .site import Site
     from .site_config import SiteSettings
 
@@ -193,6 +194,13 @@ class HubFixture:
         self.connection_string(device, module)
         return DeviceFixture(self, device, module)
 
+    def edge_environment(self, module: str) -> dict[str, str]:
+        """For `create_from_edge_environment` of a module of the site's own device.
+
+        Raises RuntimeError for a site whose settings have no `edge_modules`.
+        """
+        return self._loop.call(lambda: self._site.edge.environment(module))
+
     def connection_string(self, device: str, module: str | None = None) -> str:
         return str(self.on_hub(lambda hub: hub.connection_string(device, module)))
 
@@ -244,7 +252,11 @@ class HubFixture:
 
 
 class BrokerFixture:
-    """The MQTT broker: `host`, `port`, `username`, `password`."""
+    """The MQTT broker: `host`, `port`, `username`, `password`, and passwords of all `users`.
+
+    With TLS `ca_file` is what clients trust, else None; `websocket_port` is None where there are
+    no websockets.
+    """
 
     def __init__(self, loop: BackgroundLoop, site: Site) -> None:
         self._loop = loop
@@ -254,6 +266,13 @@ class BrokerFixture:
         self.port: int = about["port"]
         self.username: str = about["username"]
         self.password: str = about["password"]
+        self.users: dict[str, str] = about["users"]
+        self.ca_file: Path | None = site.ca_file if about["tls"] else None
+        self.websocket_port = site.broker.websocket_port if about["websocketUrl"] else None
+
+    def certificate(self, user: str) -> CertificateFiles:
+        """PEM files `certificate` and `key` of a user in `client_certificates`. Raises KeyError."""
+        return self._site.broker_certificates[user]
 
     @property
     def retained(self) -> dict[str, bytes]:

@@ -15,9 +15,12 @@ from .control import ControlServer
 from .iothub.devices import ClientId
 from .iothub.dps_server import Provisioning
 from .iothub.server import IotHub
+from .iothub.workload import EdgeDevice
 from .mqtt.broker import Broker
-from .pki import Pki
+from .pki import CertificateFiles, Pki
 from .registry import Registry
+from .site_agent import agent_config
+from .site_broker import SiteBroker
 from .site_config import BROKER, EVERYTHING, HUB, REGISTRY, SiteSettings
 
 __all__ = ["BOARD_DEVICE", "DPS_NAME", "EDGE_AGENT", "ID_SCOPE", "Site", "SiteSettings"]
@@ -30,18 +33,19 @@ BOARD_DEVICE = "gatelet.simulator.board"
 
 
 class Site:
-    """Start and stop everything together. What `settings.parts` leaves out is None."""
+    """Start and stop everything together. What `settings.parts` leaves out is not there."""
 
     def __init__(self, settings: SiteSettings) -> None:
+        """Raises OSError, and StateUnreadable for a folder that holds something else."""
         folder, parts, ports = settings.folder, settings.parts, settings.ports
         folder.mkdir(parents=True, exist_ok=True)
         self._settings = settings
         self._pki = Pki(folder / "pki")
-        self._password = _password(folder / "broker-password")
-        users = {settings.device: self._password, **settings.users}
         self._hub: IotHub | None = None
         self._provisioning: Provisioning | None = None
-        self._broker: Broker | None = None
+        self._edge: EdgeDevice | None = None
+        self._edge_environments: dict[str, dict[str, str]] = {}
+        self._broker: SiteBroker | None = None
         self._registry: Registry | None = None
         if HUB in parts:
             name, state = settings.host_name, folder / "hub"
@@ -49,8 +53,12 @@ class Site:
             self._provisioning = Provisioning(
                 DPS_NAME, ID_SCOPE, self._pki, [self._hub], state_dir=folder / "dps"
             )
+            if settings.edge_modules:
+                trusted = self._pki.ca_file.read_text()
+                self._edge = EdgeDevice(self._hub.core, settings.device, trusted, folder / "edge")
         if BROKER in parts:
-            self._broker = Broker(users=users, port=ports.broker)
+            password = _password(folder / "broker-password")
+            self._broker = SiteBroker(settings, self._pki, password)
         if REGISTRY in parts:
             self._registry = Registry(folder / "registry", port=ports.registry)
         self.proxy = ConnectProxy(port=ports.proxy)
@@ -72,7 +80,17 @@ class Site:
 
     @property
     def broker(self) -> Broker:
-        return _there(self._broker, BROKER)
+        return _there(self._broker, BROKER).server
+
+    @property
+    def broker_certificates(self) -> dict[str, CertificateFiles]:
+        """Client certificates by user of the broker."""
+        return dict(_there(self._broker, BROKER).certificates)
+
+    @property
+    def edge(self) -> EdgeDevice:
+        """The device's own APIs for its modules; there with `edge-modules`."""
+        return _there(self._edge, "edge-modules")
 
     @property
     def registry(self) -> Registry:
@@ -83,33 +101,39 @@ class Site:
         return self._pki.ca_file
 
     async def start(self) -> None:
-        """Raises OSError; nothing stays open then."""
+        """Raises OSError or StoreUnreadable; nothing stays open then."""
         try:
             if self._hub is not None:
                 await self._hub.start()
                 self._furnish(self._hub)
                 for name, target in self._hub.routes.items():
                     self.proxy.add(name, target)
+            if self._edge is not None:
+                await self._edge.start()
+                for module in self._settings.edge_modules:
+                    self._edge_environments[module] = self._edge.environment(module)
             if self._provisioning is not None:
                 await self._provisioning.start()
                 for name, target in self._provisioning.routes.items():
                     self.proxy.add(name, target)
                 await self.proxy.start()
             if self._broker is not None:
-                await self._broker.start()
+                await self._broker.server.start()
             if self._registry is not None:
                 await self._registry.start()
             await self.control.start()
+            if self.parts == EVERYTHING:
+                text = agent_config(self._settings, self.describe(), BOARD_DEVICE)
+                _write_private(self._settings.folder / "agent.toml", text)
         except BaseException:
             await self.stop()
             raise
-        if self.parts == EVERYTHING:
-            (self._settings.folder / "agent.toml").write_text(self._agent_config())
 
     async def stop(self) -> None:
         await self.control.stop()
         await self.proxy.stop()
-        for part in (self._registry, self._broker, self._provisioning, self._hub):
+        broker = None if self._broker is None else self._broker.server
+        for part in (self._registry, broker, self._provisioning, self._edge, self._hub):
             if part is not None:
                 await part.stop()
 
@@ -153,6 +177,12 @@ class Site:
                     one.id: self._hub.connection_string(one.id) for one in self._settings.devices
                 },
             }
+        if self._edge is not None:
+            about["edge"] = {
+                "workloadUri": self._edge.workload_uri,
+                "managementUri": self._edge.management_uri,
+                "modules": self._edge_environments,
+            }
         if self._provisioning is not None:
             about["dps"] = {
                 "hostName": self._provisioning.host_name,
@@ -161,51 +191,10 @@ class Site:
                 "serviceUrl": self._provisioning.url,
             }
         if self._broker is not None:
-            about["broker"] = {
-                "host": "127.0.0.1",
-                "port": self._broker.port,
-                "username": device,
-                "password": self._password,
-                "prefix": f"gatelet/v1/{device}",
-            }
+            about["broker"] = self._broker.describe()
         if self._registry is not None:
             about["registry"] = {"address": self._registry.address}
         return about
-
-    def _agent_config(self) -> str:
-        site, folder = self.describe(), self._settings.folder
-        return f"""# A device of the simulated site in {folder}, made anew at each start of it.
-[device]
-id = "{self._settings.device}"
-state-dir = "{folder / "state"}"
-run-dir = "{folder / "run"}"
-board = "{self._settings.board}"
-
-[iothub]
-connection-string = "{site["hub"]["edgeAgentConnectionString"]}"
-ca-file = "{site["hub"]["caFile"]}"
-proxy = "{site["hub"]["proxy"]}"
-
-[mqtt]
-host = "127.0.0.1"
-port = {site["broker"]["port"]}
-username = "{self._settings.device}"
-password = "{self._password}"
-
-[[registry]]
-address = "{site["registry"]["address"]}"
-insecure = true
-
-[scoring]
-grpc-address = "{self._settings.grpc_address}"
-
-[fabric]
-device = "{BOARD_DEVICE}"
-
-[deployment]
-probation-seconds = 1.0
-retry-base-seconds = 0.2
-"""
 
 
 def _there(part: _Part | None, name: str) -> _Part:
@@ -216,6 +205,12 @@ def _there(part: _Part | None, name: str) -> _Part:
 
 def _password(file: Path) -> str:
     if not file.exists():
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_urlsafe(18))
+        _write_private(file, secrets.token_urlsafe(18))
     return file.read_text()
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Whoever reads a file with keys in it is that device."""
+    file.touch(mode=0o600)
+    file.chmod(0o600)
+    file.write_text(text)

@@ -12,11 +12,15 @@ from .board.boards import BOARDS
 from .iothub.devices import ClientId
 from .iothub.errors import HubError
 from .iothub.faults import Faults
+from .mqtt.access import Grant
 
 HUB, BROKER, REGISTRY = "hub", "broker", "registry"
 EVERYTHING = frozenset((HUB, BROKER, REGISTRY))
 NO_BOARD = "none"
+TOPICS = "gatelet/v1"
+"""Topics of a device begin with this and its id, as an agent's do by default."""
 _PORTS = range(65536)
+_COMMON_NAME_LIMIT = 64
 
 
 class SiteConfigError(Exception):
@@ -33,6 +37,7 @@ class Ports(_Section, frozen=True):
     service: int = 0
     proxy: int = 0
     broker: int = 0
+    broker_websockets: int = 0
     registry: int = 0
     control: int = 0
 
@@ -46,11 +51,43 @@ class Device(_Section, frozen=True):
     desired: dict[str, Any] = {}
 
 
+class GrantRule(_Section, frozen=True):
+    """One `[[broker.grants]]`: see gatelet.simulator.mqtt.access.Grant."""
+
+    topic: str
+    publish: bool = True
+    subscribe: bool = True
+    user: str | None = None
+
+
+class BrokerSettings(_Section, frozen=True):
+    """The MQTT broker.
+
+    `client_certificates` are users who get a certificate of the site's authority, instead of a
+    password or next to it; with `require_certificate` nobody gets in by password, and every user
+    gets one. Both, like `tls`, mean TLS on both ports. `persist` keeps sessions and messages in
+    the site's folder. `grants`: None lets everybody do everything; else what is not granted is
+    denied, but the site's own device always has its own topics.
+    """
+
+    tls: bool = False
+    client_certificates: tuple[str, ...] = ()
+    require_certificate: bool = False
+    persist: bool = False
+    websockets: bool = False
+    grants: tuple[GrantRule, ...] | None = None
+
+    @property
+    def encrypted(self) -> bool:
+        return self.tls or self.require_certificate or bool(self.client_certificates)
+
+
 class SiteSettings(_Section, frozen=True):
     """`folder` keeps certificates, images and twins; `board` is a simulated board, or "none".
 
-    `device` is the edge device for which the site writes an agent.toml; `users` are passwords of
-    further users of the broker; `faults` are the hub's at its start.
+    `device` is the edge device for which the site writes an agent.toml; `edge_modules` are modules
+    of it that get what IoT Edge gives a module; `users` are passwords of further users of the
+    broker; `faults` are the hub's at its start.
     """
 
     folder: Path
@@ -61,8 +98,16 @@ class SiteSettings(_Section, frozen=True):
     parts: frozenset[str] = EVERYTHING
     ports: Ports = Ports()
     devices: tuple[Device, ...] = ()
+    edge_modules: tuple[str, ...] = ()
+    broker: BrokerSettings = BrokerSettings()
     users: dict[str, str] = {}
     faults: dict[str, float] = {}
+
+    @property
+    def certificate_users(self) -> tuple[str, ...]:
+        """Users of the broker who get a client certificate."""
+        everybody = (self.device, *self.users) if self.broker.require_certificate else ()
+        return tuple(dict.fromkeys((*self.broker.client_certificates, *everybody)))
 
 
 def load_settings(file: Path, folder: Path) -> SiteSettings:
@@ -110,11 +155,43 @@ def check(settings: SiteSettings) -> None:
     try:
         for device in (settings.device, *(one.id for one in settings.devices)):
             ClientId.parse(device)
+        for module in settings.edge_modules:
+            ClientId.parse(f"{settings.device}/{module}")
         faults = Faults()
         for name, value in settings.faults.items():
             faults.set(name.replace("-", "_"), value)
     except (HubError, ValueError) as error:
         raise SiteConfigError(str(error)) from error
+    _check_broker(settings)
+
+
+def _check_broker(settings: SiteSettings) -> None:
+    for user in settings.certificate_users:
+        if not 0 < len(user) <= _COMMON_NAME_LIMIT:
+            raise SiteConfigError(
+                f"broker.client-certificates: {user!r} cannot be the common name of a certificate, "
+                f"which has 1 to {_COMMON_NAME_LIMIT} characters"
+            )
+    users = {settings.device, *settings.users, *settings.broker.client_certificates}
+    for rule in settings.broker.grants or ():
+        if rule.user is not None and rule.user not in users:
+            raise SiteConfigError(
+                f"broker.grants: there is no user {rule.user!r}; give it a password in [users] or "
+                "list it in broker.client-certificates"
+            )
+    try:
+        grants(settings)
+    except ValueError as error:
+        raise SiteConfigError(f"broker.grants: {error}") from error
+
+
+def grants(settings: SiteSettings) -> tuple[Grant, ...] | None:
+    """What the broker grants, None for everything. Raises ValueError."""
+    if settings.broker.grants is None:
+        return None
+    own = Grant(f"{TOPICS}/%u/#", user=settings.device)
+    rules = settings.broker.grants
+    return (own, *(Grant(r.topic, r.publish, r.subscribe, r.user) for r in rules))
 
 
 def _decode(kind: type, value: Any) -> Any:

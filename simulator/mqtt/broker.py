@@ -50,8 +50,8 @@ class Broker:
     (`verify_mode` CERT_REQUIRED: only such clients; CERT_OPTIONAL: also those with passwords).
     `grants`: what each user may do, None means everything; a will needs its grant at CONNECT.
     `folder`: where sessions, queued and retained messages are kept, None keeps them in memory.
-    `websockets`: serve `/mqtt` on a second port too. `queue_limit` messages wait for a client that
-    is away; newer ones are dropped. `response_prefix`: where a client that asks for response
+    `websockets`: serve `/mqtt` on `websocket_port` too. `queue_limit` messages wait for a client
+    that is away; newer ones are dropped. `response_prefix`: where a client that asks for response
     information is told to have its responses sent, followed by its id.
     """
 
@@ -66,6 +66,7 @@ class Broker:
         grants: Sequence[Grant] | None = None,
         folder: Path | None = None,
         websockets: bool = False,
+        websocket_port: int = 0,
         response_prefix: str = "responses/",
         clock: Clock | None = None,
     ) -> None:
@@ -82,7 +83,9 @@ class Broker:
         self._store: Store | None = None
         self._server: asyncio.Server | None = None
         self._websockets = (
-            WebsocketListener(self._new_connection, host, ssl=ssl) if websockets else None
+            WebsocketListener(self._new_connection, host, websocket_port, ssl=ssl)
+            if websockets
+            else None
         )
         self._connections: set[Connection] = set()
         self._live: dict[str, Connection] = {}

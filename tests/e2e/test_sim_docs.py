@@ -36,12 +36,15 @@ def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_python_examples(tmp_path: Path) -> None:
     for block in blocks("python"):
-        name = re.match(r"# (test_\w+\.py)\n", block)
+        name = re.match(r"# (secure/)?(test_\w+\.py|conftest\.py)\n", block)
         assert name, "each example starts with the name of its file"
-        (tmp_path / name[1]).write_text(block)
-    done = run_pytest(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " 4 passed" in f" {done.stdout.splitlines()[-1]}"
+        folder = tmp_path / (name[1] or "plain")
+        folder.mkdir(exist_ok=True)
+        (folder / name[2]).write_text(block)
+    for folder, count in (("plain", 4), ("secure", 2)):
+        done = run_pytest(tmp_path / folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f" {count} passed" in f" {done.stdout.splitlines()[-1]}"
 
 
 def test_fixtures_leave_nothing_behind(tmp_path: Path) -> None:
@@ -132,4 +135,6 @@ def test_the_configuration_example(tmp_path: Path) -> None:
     (text,) = blocks("toml")
     settings = parse_settings(text, "site.toml", tmp_path)
     assert settings.devices[0].tags == {"site": "north"}
+    assert settings.broker.encrypted
+    assert settings.edge_modules == ("vision",)
     assert (settings.users, settings.faults) == ({"operator": "secret"}, {"refuse-connects": 1})
