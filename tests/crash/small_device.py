@@ -1,0 +1,241 @@
+"""A device small enough to be killed at each of its system calls.
+
+The real agent core (store, planner, puller, content store, outbox) runs in a forked child, so that
+a start costs milliseconds and only its own system calls are counted. Only the scoring process is a
+stand-in: it reads every byte of a model, and refuses one that is not as it was pushed.
+
+Reads one JSON command a line on standard input, answers with JSON lines:
+    {"ready": pid, "worker": tid}      the child waits for a line "go"
+    {"ended": ..., "outcome": {...}}   "ended" is "exit 0" or "signal 9"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import urllib3  # noqa: F401  (imported before the fork, not counted in a child)
+from gatelet.agent.clock import SystemClock
+from gatelet.agent.config import AgentConfig, DeviceConfig, RegistryConfig
+from gatelet.agent.outbox import Limits, Outbox, Telemetry
+from gatelet.agent.plan import InstanceView, Route
+from gatelet.agent.process import Agent
+from gatelet.agent.reconcile import ReconcileSettings
+from gatelet.agent.scoring_env import ScoringOptions
+from gatelet.agent.steps import BackendView, LoadedModel, ScoringView, StepFailed
+from gatelet.agent.store import StateStore
+from gatelet.modules.model_json import load_model
+from gatelet.modules.oci.store import ContentStore
+
+SETTINGS = ReconcileSettings(
+    probation_seconds=0.02,
+    retry_base_seconds=0.02,
+    retry_cap_seconds=0.1,
+    busy_poll_seconds=0.01,
+    idle_poll_seconds=0.02,
+)
+SECONDS = 20.0
+MESSAGES = 6
+
+
+class CheckedScoring:
+    """Serves what it can prove to be whole. `known`: model version -> SHA-256 of its file."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self._known = known
+        self._models: dict[str, LoadedModel] = {}
+        self._routes: tuple[Route, ...] = ()
+        self.damaged: list[str] = []
+        self.gaps: list[str] = []
+
+    async def status(self) -> ScoringView:
+        return ScoringView("boot", os.getpid(), tuple(self._models.values()), self._routes)
+
+    async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
+        if instance in self._models:
+            return
+        model = load_model(directory)
+        data = (directory / model.variants[0].path).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self._known[model.version]:
+            self.damaged.append(f"{model.version} in {directory}")
+        if model.version == "broken":
+            raise StepFailed("this model does not load", retryable=False)
+        self._models[instance] = LoadedModel(
+            InstanceView(instance, "loaded"),
+            model.name,
+            model.version,
+            (BackendView("cpu", True, "", 0, 0),),
+            (),
+        )
+
+    async def probe(self, instance: str) -> None:
+        loaded = self._models[instance]
+        self._models[instance] = LoadedModel(
+            InstanceView(instance, "ready"), loaded.model, loaded.version, loaded.backends, ()
+        )
+
+    async def switch(self, routes: tuple[Route, ...]) -> None:
+        before = {route.endpoint for route in self._routes}
+        after = {route.endpoint for route in routes}
+        self.gaps += sorted(before - after)
+        self._routes = routes
+
+    async def unload(self, instance: str) -> None:
+        self._models.pop(instance, None)
+
+    async def close(self) -> None:
+        pass
+
+    def serving(self) -> dict[str, str]:
+        """Endpoint -> version of its default target."""
+        return {
+            route.endpoint: self._models[route.targets[0].instance].version
+            for route in self._routes
+        }
+
+
+class Watch:
+    """In place of the control service: tells when the agent looked again."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.looked = asyncio.Event()
+
+    async def start(self) -> None:
+        pass
+
+    async def changed(self) -> None:
+        self.looked.set()
+
+    async def stop(self) -> None:
+        pass
+
+
+async def live(command: dict[str, Any], acknowledged: int) -> dict[str, Any]:
+    """Run the agent until `command["until"]` holds; what it serves then."""
+    asyncio.get_running_loop().set_default_executor(POOL)
+    folder = Path(command["folder"])
+    for name in ("state", "run"):
+        (folder / name).mkdir(exist_ok=True)
+    config = AgentConfig(
+        device=DeviceConfig("small", folder / "state", folder / "run", "none"),
+        registry=(RegistryConfig(command["registry"], insecure=True),),
+    )
+    store = StateStore(folder / "state" / "state.db", SystemClock())
+    outbox = Outbox(folder / "state" / "outbox.db", SystemClock(), Limits())
+    scoring = CheckedScoring(command["known"])
+    watches: list[Watch] = []
+
+    def control(*arguments: Any, **named: Any) -> Watch:
+        watches.append(Watch())
+        return watches[-1]
+
+    agent = Agent(
+        config,
+        store,
+        SystemClock(),
+        (),
+        None,
+        scoring=scoring,
+        control=control,
+        settings=SETTINGS,
+    )
+    stop = asyncio.Event()
+    running = asyncio.ensure_future(agent.run(stop))
+    for number in range(MESSAGES if command.get("send") else 0):
+        key = f"{command['send']}-{number}"
+        await outbox.put(Telemetry(key.encode(), key=key))
+        os.write(acknowledged, f"{key}\n".encode())
+    if command.get("manifest"):
+        body = json.dumps(command["manifest"]).encode()
+        verdict = agent._reconciler.submit("iothub", command["version"], body)
+        assert verdict.code == 200, verdict
+    deadline = time.monotonic() + SECONDS
+    outcome: dict[str, Any] = {}
+    while True:
+        watches[0].looked.clear()
+        latest, good = store.latest(), store.last_good()
+        outcome = {
+            "serving": scoring.serving(),
+            "endpoints": sorted(scoring.serving()),
+            "latest": None if latest is None else [latest.version, latest.phase],
+            "good": None if good is None else good.version,
+            "description": "" if latest is None else latest.description,
+            "damaged": scoring.damaged,
+            "gaps": scoring.gaps,
+        }
+        if all(outcome[key] == value for key, value in command["until"].items()):
+            break
+        if time.monotonic() > deadline or running.done():
+            outcome["late"] = True
+            break
+        timer = asyncio.get_running_loop().call_later(0.05, watches[0].looked.set)
+        await watches[0].looked.wait()
+        timer.cancel()
+    stop.set()
+    await asyncio.gather(running)
+    if command.get("read"):
+        held = []
+        while (head := outbox.head()) is not None:
+            held.append(head.body.decode())
+            outbox.acknowledge(head.sequence)
+        outcome["held"] = held
+        outcome["images"] = sorted(
+            image.model.version for image in ContentStore(folder / "state" / "images").images()
+        )
+    else:
+        await outbox.close()
+    store.close()
+    return outcome
+
+
+def main() -> None:
+    global POOL
+    for line in sys.stdin:
+        command = json.loads(line)
+        results, results_in = os.pipe()
+        acks, acks_in = os.pipe()
+        go, go_in = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            POOL = ThreadPoolExecutor(1)
+            worker = POOL.submit(threading.get_native_id).result()
+            os.write(results_in, json.dumps({"ready": os.getpid(), "worker": worker}).encode())
+            os.write(results_in, b"\n")
+            os.read(go, 1)
+            outcome = asyncio.run(live(command, acks_in))
+            os.write(results_in, json.dumps(outcome).encode() + b"\n")
+            os._exit(0)
+        for end in (results_in, acks_in, go):
+            os.close(end)
+        with os.fdopen(results) as answers, os.fdopen(acks) as said, os.fdopen(go_in, "w") as gate:
+            print(answers.readline(), end="", flush=True)
+            sys.stdin.readline()
+            gate.write("g")
+            gate.flush()
+            outcome = answers.readline()
+            _, status = os.waitpid(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            print(
+                json.dumps(
+                    {
+                        "ended": f"signal {-code}" if code < 0 else f"exit {code}",
+                        "outcome": json.loads(outcome) if outcome else None,
+                        "acknowledged": said.read().split(),
+                    }
+                ),
+                flush=True,
+            )
+
+
+POOL: ThreadPoolExecutor
+
+if __name__ == "__main__":
+    main()
