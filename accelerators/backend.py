@@ -81,6 +81,15 @@ class BatchLimited(Protocol):
 
 
 @runtime_checkable
+class Concurrent(Protocol):
+    """A session whose `run` mostly waits for somebody else: `concurrency` calls at a time are as
+    good as one per core elsewhere."""
+
+    @property
+    def concurrency(self) -> int: ...
+
+
+@runtime_checkable
 class WithOptionalInputs(Protocol):
     """A session whose model has defaults for some more inputs."""
 

@@ -29,7 +29,7 @@ class BatchConfig:
 
     `max_batch`: items of one run; 1 runs requests singly. `max_delay`: how long a request may wait
     for company. `preferred`: sizes to aim at. `max_queue`: requests that may wait. `slots`: runs at
-    the same time.
+    the same time. `priority`: of requests that name none.
     """
 
     max_batch: int = 1
@@ -38,6 +38,7 @@ class BatchConfig:
     max_queue: int = 256
     overflow: Overflow = Overflow.REJECT
     slots: int = 1
+    priority: int = DEFAULT_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ class Admission:
     shed: Waiting | None = None
 
 
-def normalised_priority(priority: int) -> int:
+def normalised_priority(priority: int, default: int = DEFAULT_PRIORITY) -> int:
     """0, which clients send for "none", is the default; what is beyond the last is the last."""
-    return min(priority, LAST_PRIORITY) if priority >= FIRST_PRIORITY else DEFAULT_PRIORITY
+    return min(priority, LAST_PRIORITY) if priority >= FIRST_PRIORITY else default
 
 
 def admit(queue: Sequence[Waiting], newcomer: Waiting, config: BatchConfig) -> Admission:

@@ -13,7 +13,7 @@ from ...accelerators.backend import BatchLimited, Session
 from ...accelerators.errors import BackendError
 from ...accelerators.tensors import Array, TensorSpec
 from ...modules.model_json import Batching
-from .batching import BatchConfig, Overflow
+from .batching import BatchConfig, Overflow, normalised_priority
 
 PROBE_SIZE = 8
 # Stacking pays when an item costs at most this much of what a run for it alone costs.
@@ -44,9 +44,16 @@ def largest_batch(
 
 
 def batch_config(
-    max_batch: int, max_delay: float, batching: Batching, cores: int | None = None
+    max_batch: int,
+    max_delay: float,
+    batching: Batching,
+    cores: int | None = None,
+    *,
+    slots: int = 0,
+    priority: int = 0,
 ) -> BatchConfig:
-    """`max_batch` 1: singly, on every core. `max_delay` 0: model.json's, in seconds.
+    """`max_batch` 1: singly, on every core. `max_delay` 0: model.json's, in seconds. `slots` and
+    `priority` 0: the defaults.
 
     While batches are computed the other half of the cores decodes and encodes.
     """
@@ -58,7 +65,8 @@ def batch_config(
         preferred=tuple(size for size in batching.preferred or () if size <= max_batch),
         max_queue=batching.max_queue or default.max_queue,
         overflow=Overflow(batching.overflow) if batching.overflow else default.overflow,
-        slots=max(1, cores // 2) if max_batch > 1 else cores,
+        slots=slots or (max(1, cores // 2) if max_batch > 1 else cores),
+        priority=normalised_priority(priority),
     )
 
 

@@ -11,13 +11,13 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from ...accelerators.tensors import Array
 from .batching import (
-    DEFAULT_PRIORITY,
     BatchConfig,
     Waiting,
     admit,
@@ -201,7 +201,7 @@ class BatchRunner:
                 arrived,
                 self._alike(job.inputs),
                 job.deadline,
-                normalised_priority(priority) if priority else DEFAULT_PRIORITY,
+                normalised_priority(priority, self.config.priority),
                 urgent=self._running < self.config.slots and not self._queue,
             )
             admission = admit(self._queue, waiting, self.config)
@@ -349,11 +349,7 @@ class BatchRunner:
                 "%s does not answer a batch item by item; its requests run singly from now on",
                 self._name,
             )
-            self.config = BatchConfig(
-                max_queue=self.config.max_queue,
-                overflow=self.config.overflow,
-                slots=self.config.slots,
-            )
+            self.config = replace(self.config, max_batch=1, max_delay=0.0, preferred=())
             self._one_by_one(jobs)
             return
         start = 0

@@ -22,7 +22,8 @@ from .dataplane import DataPlane
 from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, State
 from .loading import InstanceOptions, Loaded
-from .routing import Route, Target, make_route
+from .routing import SESSION_HEADER, Route, Target, make_route
+from .statistics import MirrorSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class ControlService:
             timeout=request.options.timeout_ms / 1000 or None,
             max_batch=request.options.max_batch,
             max_delay=request.options.max_delay_us / 1e6,
+            slots=request.options.instances,
+            priority=request.options.priority,
         )
         with self._loading:
             loaded = self._loaded.get(request.instance)
@@ -140,7 +143,14 @@ class ControlService:
                     f"instance {instance.name!r} is {instance.state.value}, not ready"
                     f"{': ' + instance.error if instance.error else ''}; probe it first",
                 )
-            made = Target(instance, instance.version, target.percent)
+            made = Target(
+                instance,
+                instance.version,
+                target.percent,
+                instance.name.rpartition("@")[0] or instance.name,
+                target.mirror,
+                target.mirror_tolerance,
+            )
             # The only target takes everything, named default or not.
             if target.default or len(message.targets) == 1:
                 if default is not None:
@@ -159,7 +169,7 @@ class ControlService:
                 f"endpoint {message.endpoint!r} has no default target",
             )
         try:
-            return make_route(message.endpoint, default, others)
+            return make_route(message.endpoint, default, others, message.sticky_header)
         except ValueError as error:
             _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
@@ -215,6 +225,7 @@ class ControlService:
         """Close every instance without draining; for the end of the process."""
         with self._changing:
             loaded, self._loaded = list(self._loaded.values()), {}
+        self._plane.close()
         for one in loaded:
             one.instance.close(0.0)
 
@@ -253,6 +264,30 @@ def _status(loaded: Loaded) -> pb.InstanceStatus:
             for report in (member.report() for member in instance.members)
         ],
         notes=loaded.notes,
+        counts=_counts(instance),
+        mirror=_mirrored(instance),
+    )
+
+
+def _counts(instance: Instance) -> pb.InstanceCounts:
+    snapshot = instance.statistics.snapshot()
+    return pb.InstanceCounts(
+        successes=snapshot.success.count,
+        failures=snapshot.fail.count,
+        success_ns=snapshot.success.ns,
+    )
+
+
+def _mirrored(instance: Instance) -> pb.MirrorCounts | None:
+    counts = instance.mirrored.snapshot()
+    if counts == MirrorSnapshot():
+        return None
+    return pb.MirrorCounts(
+        compared=counts.compared,
+        differing=counts.differing,
+        failed=counts.failed,
+        dropped=counts.dropped,
+        largest_difference=counts.largest,
     )
 
 
@@ -264,9 +299,12 @@ def _route_message(route: Route[Instance]) -> pb.Route:
                 instance=target.instance.name,
                 percent=target.percent,
                 default=target is route.default,
+                mirror=target.mirror,
+                mirror_tolerance=target.tolerance,
             )
             for target in route.targets
         ],
+        sticky_header="" if route.sticky == SESSION_HEADER else route.sticky,
     )
 
 

@@ -11,7 +11,8 @@ from .batching_choice import has_batch_axis
 from .classification import classify
 from .errors import Code, ScoringError
 from .instances import Instance
-from .routing import Route, RoutingTable, Target, choose
+from .mirror import Mirror
+from .routing import DEPLOYMENT_HEADER, Route, RoutingTable, Target, choose, copies, place
 from .shared_memory import SharedMemory
 from .types import (
     InferenceRequest,
@@ -51,6 +52,7 @@ class DataPlane:
         """`version` is the server's; `draw` gives numbers uniform in [0, 1)."""
         self._metadata = ServerMetadata("gatelet", version, EXTENSIONS)
         self.shared_memory = SharedMemory()
+        self.mirror = Mirror()
         self._draw = draw
         self._now = now
         self._table: RoutingTable[Instance] | None = None
@@ -67,6 +69,10 @@ class DataPlane:
     def stop(self) -> None:
         """Report "not ready" from now on, so that balancers look elsewhere."""
         self._stopping = True
+
+    def close(self) -> None:
+        """End what runs besides requests. Idempotent."""
+        self.mirror.close()
 
     def live(self) -> bool:
         return True
@@ -94,7 +100,7 @@ class DataPlane:
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """Of the default version unless another is asked for. Raises ScoringError NOT_FOUND."""
         route = self._route(name)
-        target = self._target(route, version, draw=1.0)
+        target = self._target(route, version, at=1.0)
         instance = target.instance
         return ModelMetadata(
             name=name,
@@ -108,17 +114,16 @@ class DataPlane:
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Raises ScoringError NOT_FOUND, INVALID_ARGUMENT, UNAVAILABLE, DEADLINE_EXCEEDED or
         INTERNAL."""
-        target = self._claim(request)
+        route, target = self._claim(request)
         instance = target.instance
         started = self._now()
         try:
             outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
-            results = instance.run(
-                {tensor.name: tensor.array for tensor in request.inputs},
-                outputs,
-                self._deadline(request, instance),
-                request.priority,
-            )
+            inputs = {tensor.name: tensor.array for tensor in request.inputs}
+            deadline = self._deadline(request, instance)
+            results = instance.run(inputs, outputs, deadline, request.priority)
+            if route.mirrors:
+                self._copy(route, target, inputs, results)
             return self._response(request, target, outputs, results)
         except ScoringError as error:
             instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
@@ -131,15 +136,18 @@ class DataPlane:
     ) -> None:
         """As `infer` for event loops: returns at once, and `done` is called once, perhaps on
         another thread. Raises ScoringError as `infer` for what is refused before it waits."""
-        target = self._claim(request)
+        route, target = self._claim(request)
         instance = target.instance
         started = self._now()
+        inputs = {tensor.name: tensor.array for tensor in request.inputs}
 
         def finish(value: dict[str, Array] | ScoringError) -> None:
             answer: InferenceResponse | ScoringError
             try:
                 if isinstance(value, ScoringError):
                     raise value
+                if route.mirrors:
+                    self._copy(route, target, inputs, value)
                 answer = self._response(request, target, outputs, value)
             except ScoringError as error:
                 instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
@@ -150,13 +158,8 @@ class DataPlane:
 
         try:
             outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
-            instance.submit(
-                {tensor.name: tensor.array for tensor in request.inputs},
-                outputs,
-                self._deadline(request, instance),
-                request.priority,
-                finish,
-            )
+            deadline = self._deadline(request, instance)
+            instance.submit(inputs, outputs, deadline, request.priority, finish)
         except ScoringError as error:
             instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
             instance.end()
@@ -181,13 +184,27 @@ class DataPlane:
             )
         return InferenceResponse(request.model, target.version, tensors, request.id)
 
-    def _claim(self, request: InferenceRequest) -> Target[Instance]:
-        draw = self._draw()
+    def _copy(
+        self,
+        route: Route[Instance],
+        target: Target[Instance],
+        inputs: dict[str, Array],
+        results: dict[str, Array],
+    ) -> None:
+        chosen = copies(route, target, self._draw)
+        if chosen:
+            self.mirror.offer(chosen, inputs, results)
+
+    def _claim(self, request: InferenceRequest) -> tuple[Route[Instance], Target[Instance]]:
+        headers = request.headers
+        name = headers.get(DEPLOYMENT_HEADER, "") if headers else ""
         while True:
             table = self._table
-            target = self._target(self._route(request.model), request.version, draw)
+            route = self._route(request.model)
+            at = place(route, headers, self._draw)
+            target = self._target(route, request.version, at, name)
             if target.instance.begin():
-                return target
+                return route, target
             # It is being closed: a switch happened since the table was read.
             if table is self._table:
                 raise ScoringError(
@@ -211,8 +228,17 @@ class DataPlane:
             )
         return route
 
-    def _target(self, route: Route[Instance], version: str, draw: float) -> Target[Instance]:
-        target = choose(route, version, draw)
+    def _target(
+        self, route: Route[Instance], version: str, at: float, name: str = ""
+    ) -> Target[Instance]:
+        target = choose(route, version, at, name)
+        if target is None and name:
+            names = ", ".join(repr(target.name) for target in route.targets)
+            raise ScoringError(
+                Code.NOT_FOUND,
+                f"model {route.endpoint!r} has no deployment {name!r}"
+                f"{f' of version {version!r}' if version else ''}; deployed: {names}",
+            )
         if target is None:
             versions = ", ".join(repr(target.version) for target in route.targets)
             raise ScoringError(

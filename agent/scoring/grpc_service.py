@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
@@ -134,27 +134,27 @@ class InferenceService:
     def model_infer(
         self, request: oip.ModelInferRequest, context: grpc.ServicerContext
     ) -> oip.ModelInferResponse:
-        return _answer(context, lambda: self._infer(request, _deadline(context)))
+        return _answer(context, lambda: self._infer(request, _deadline(context), _headers(context)))
 
     def _infer(
-        self, message: oip.ModelInferRequest, deadline: float | None
+        self, message: oip.ModelInferRequest, deadline: float | None, headers: Mapping[str, str]
     ) -> oip.ModelInferResponse:
-        decoded = decode_request(message, deadline, self._memory)
+        decoded = decode_request(message, deadline, self._memory, headers=headers)
         response = self._plane.infer(decoded.request)
         return encode_response(response, decoded.raw, decoded.placements, self._memory)
 
     def _stream(
         self, requests: Iterator[oip.ModelInferRequest], context: grpc.ServicerContext
     ) -> Iterator[oip.ModelStreamInferResponse]:
-        deadline = _deadline(context)
+        deadline, headers = _deadline(context), _headers(context)
         while (message := self._streams.next(requests, context)) is not None:
-            yield self._stream_answer(message, deadline)
+            yield self._stream_answer(message, deadline, headers)
 
     def _stream_answer(
-        self, message: oip.ModelInferRequest, deadline: float | None
+        self, message: oip.ModelInferRequest, deadline: float | None, headers: Mapping[str, str]
     ) -> oip.ModelStreamInferResponse:
         try:
-            answer = self._infer(message, deadline)
+            answer = self._infer(message, deadline, headers)
         except ScoringError as error:
             text = error.message
         except Exception:
@@ -292,6 +292,11 @@ class HealthService:
         if self._plane.ready():
             return health.HealthCheckResponse.SERVING
         return health.HealthCheckResponse.NOT_SERVING
+
+
+def _headers(context: grpc.ServicerContext) -> Mapping[str, str]:
+    # Those that end in "-bin" hold bytes, which no routing rule looks at.
+    return {k: value for k, value in context.invocation_metadata() if isinstance(value, str)}
 
 
 def _deadline(context: grpc.ServicerContext) -> float | None:

@@ -24,7 +24,7 @@ from .batching_choice import has_batch_axis
 from .batching_job import Done
 from .batching_runner import BatchRunner
 from .errors import Code, ScoringError
-from .statistics import Statistics
+from .statistics import MirrorStatistics, Statistics
 
 
 class State(Enum):
@@ -170,6 +170,7 @@ class Instance:
         self.error = ""
         self.optional = optional
         self.statistics = Statistics()
+        self.mirrored = MirrorStatistics()
         self._members = tuple(members)
         self._now = now
         specs = (*inputs, *outputs)

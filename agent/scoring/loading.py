@@ -11,6 +11,7 @@ import numpy as np
 
 from ...accelerators.backend import (
     Backend,
+    Concurrent,
     LoadOptions,
     Session,
     Variant,
@@ -39,13 +40,16 @@ _PLATFORMS = {"onnx": "onnxruntime_onnx"}
 @dataclass(frozen=True, slots=True)
 class InstanceOptions:
     """How to serve a model. `backends` (): all that fit, FPGA first. `timeout` and `max_delay` in
-    seconds. `max_batch`: 0 for model.json's where stacking requests pays, 1 for never."""
+    seconds. `max_batch`: 0 for model.json's where stacking requests pays, 1 for never. `slots`:
+    runs at the same time, 0 for what fits the cores. `priority`: of requests that name none."""
 
     backends: tuple[str, ...] = ()
     threads: int = 0
     timeout: float | None = None
     max_batch: int = 0
     max_delay: float = 0.0
+    slots: int = 0
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +242,18 @@ class Loaded:
         member = next((one for one in members if one.usable), None)
         if size > 1 and member is not None:
             size = size if self._stacking_pays(member, size) else 1
-        self.instance.batching = batch_config(size, options.max_delay, batching)
+        self.instance.batching = batch_config(
+            size,
+            options.max_delay,
+            batching,
+            slots=options.slots or self._concurrency(),
+            priority=options.priority,
+        )
+
+    def _concurrency(self) -> int:
+        """Of sessions that wait for others to compute; 0 where this process computes itself."""
+        sessions = [member.session for member in self.instance.members]
+        return max((s.concurrency for s in sessions if isinstance(s, Concurrent)), default=0)
 
     def _stacking_pays(self, member: Member, size: int) -> bool:
         sample = self._sample or zeros(self.model)

@@ -38,6 +38,7 @@ def decode_request(
     deadline: float | None,
     memory: SharedMemory | None = None,
     now: Callable[[], float] = time.monotonic,
+    headers: Mapping[str, str] | None = None,
 ) -> Decoded:
     """Inputs in shared memory are read from `memory`. The parameter `timeout` (microseconds)
     shortens the deadline. Raises ScoringError."""
@@ -86,6 +87,7 @@ def decode_request(
         deadline=deadline,
         priority=priority,
         classes=classes,
+        headers=headers or {},
     )
     return Decoded(request, is_raw or bool(shared), placements)
 

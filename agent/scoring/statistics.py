@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..clock import SystemClock
 from .errors import Code
@@ -144,3 +144,43 @@ class Statistics:
             return 0
         ago = self._clock.monotonic() - self._last
         return int((self._clock.now().timestamp() - ago) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorSnapshot:
+    """What became of the copies an instance got. `largest`: difference between two answers."""
+
+    compared: int = 0
+    differing: int = 0
+    failed: int = 0
+    dropped: int = 0
+    largest: float = 0.0
+
+
+class MirrorStatistics:
+    """Counts of the copies one instance got. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = MirrorSnapshot()
+
+    def compared(self, largest: float, *, differs: bool) -> None:
+        with self._lock:
+            old = self._counts
+            self._counts = replace(
+                old,
+                compared=old.compared + 1,
+                differing=old.differing + differs,
+                largest=max(old.largest, largest),
+            )
+
+    def failed(self) -> None:
+        with self._lock:
+            self._counts = replace(self._counts, failed=self._counts.failed + 1)
+
+    def dropped(self) -> None:
+        with self._lock:
+            self._counts = replace(self._counts, dropped=self._counts.dropped + 1)
+
+    def snapshot(self) -> MirrorSnapshot:
+        return self._counts

@@ -26,7 +26,7 @@ class InferenceRequest:
     """`version` "": routing decides. `outputs` (): all. `deadline`: of `time.monotonic()`.
 
     `priority`: 1 (first) to 10, 0 for the default. `classes`: for outputs that are to be answered
-    with their most probable classes, how many.
+    with their most probable classes, how many. `headers`: the transport's, names in lower case.
     """
 
     model: str
@@ -37,6 +37,7 @@ class InferenceRequest:
     deadline: float | None = None
     priority: int = 0
     classes: Mapping[str, int] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
