@@ -26,7 +26,7 @@ from .deployments import (
 from .manifest import Manifest, ManifestError, parse_manifest
 from .plan import Failure, Load, Observed, Plan, Pull, Step, Wanted, plan, subject
 from .steps import Executor, Progress, ScoringView, StepFailed, describe
-from .store import Deployment, StateStore, document_hash
+from .store import Deployment, Proof, StateStore, document_hash
 from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)
@@ -97,13 +97,24 @@ class Reconciler:
 
     # -- documents -----------------------------------------------------------------------------
 
-    def submit(self, source: str, version: int, body: bytes, *, always: bool = False) -> Verdict:
-        """Take a desired document. One that its source sent before changes nothing.
+    def submit(
+        self,
+        source: str,
+        version: int,
+        body: bytes,
+        *,
+        always: bool = False,
+        document: bytes | None = None,
+        proof: Proof | None = None,
+    ) -> Verdict:
+        """Take a manifest. A document that its source sent before changes nothing.
 
         With `always` the same document starts a new deployment (a person asked for it again).
+        `document` is what the source sent where it only led to the manifest `body`.
         """
+        sent = body if document is None else document
         before = {seen.source: seen for seen in self._store.seen()}.get(source)
-        if before is not None and before.sha256 == document_hash(body) and not always:
+        if before is not None and before.sha256 == document_hash(sent) and not always:
             if before.version != version:
                 self._store.note_version(source, version)
                 self._wake.set()
@@ -111,12 +122,9 @@ class Reconciler:
         try:
             manifest = parse_manifest(body)
         except ManifestError as error:
-            log.warning("manifest from %s refused (%d): %s", source, error.code, error)
-            self._store.refuse(source, version, body, error.code, str(error))
-            self._wake.set()
-            return Verdict(error.code, str(error))
+            return self.refuse(source, version, sent, error)
         previous = self._store.last_good()
-        deployment = self._store.accept(source, version, body)
+        deployment = self._store.accept(source, version, body, document=document, proof=proof)
         if previous is not None:
             pins = self._store.pins(previous.generation)
             old = self._manifest(previous)
@@ -125,6 +133,13 @@ class Reconciler:
         log.info("deployment %d from %s accepted", deployment.generation, source)
         self._wake.set()
         return Verdict(200, "", deployment.generation)
+
+    def refuse(self, source: str, version: int, document: bytes, error: ManifestError) -> Verdict:
+        """Remember that this document is no deployment, and why; what runs goes on."""
+        log.warning("manifest from %s refused (%d): %s", source, error.code, error)
+        self._store.refuse(source, version, document, error.code, str(error))
+        self._wake.set()
+        return Verdict(error.code, str(error))
 
     def wake(self) -> None:
         """Look again now; something may have changed."""

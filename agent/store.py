@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .canary import Canary, CanaryPhase
 from .clock import Clock
 
 SCHEMA_VERSION = 1
 KEPT_DEPLOYMENTS = 32
 KEPT_JOURNAL = 2000
+KEPT_PROOFS = 64
+"""For each scope and key."""
 
 _SCHEMA = """
 CREATE TABLE seen (
@@ -37,6 +40,22 @@ CREATE TABLE pin (
 CREATE TABLE journal (
     id INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, generation INTEGER NOT NULL,
     step TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL
+) STRICT;
+"""
+
+# Tables that an older gatelet passes over: they need no new schema version.
+_ADDED = """
+CREATE TABLE IF NOT EXISTS canary (
+    generation INTEGER NOT NULL REFERENCES deployment(generation) ON DELETE CASCADE,
+    module TEXT NOT NULL, step INTEGER NOT NULL, phase TEXT NOT NULL, reason TEXT NOT NULL,
+    PRIMARY KEY (generation, module)
+) STRICT;
+CREATE TABLE IF NOT EXISTS proof (
+    scope TEXT NOT NULL, sha256 TEXT NOT NULL, key TEXT NOT NULL, generation INTEGER NOT NULL,
+    PRIMARY KEY (scope, key, sha256)
+) STRICT;
+CREATE TABLE IF NOT EXISTS pending (
+    source TEXT PRIMARY KEY, version INTEGER NOT NULL, document BLOB NOT NULL
 ) STRICT;
 """
 
@@ -71,6 +90,28 @@ class Deployment:
     phase: str
     description: str
     received: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Something signed that was accepted: its hash, the key's fingerprint, its generation.
+
+    `scope` is "manifest" or "image:<registry>/<repository>".
+    """
+
+    scope: str
+    sha256: str
+    key: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A desired document that refers to a manifest which is not here yet."""
+
+    source: str
+    version: int
+    document: bytes
 
 
 class StateStore:
@@ -112,6 +153,7 @@ class StateStore:
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == SCHEMA_VERSION:
+            self._db.executescript(_ADDED)
             return
         if version > SCHEMA_VERSION:
             raise StoreError(
@@ -119,7 +161,7 @@ class StateStore:
                 "install the newer gatelet again"
             )
         self._db.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            f"BEGIN IMMEDIATE; {_SCHEMA} {_ADDED} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
         )
 
     @contextmanager
@@ -152,11 +194,25 @@ class StateStore:
         with self._transaction() as db:
             db.execute("UPDATE seen SET version=? WHERE source=?", (version, source))
 
-    def accept(self, source: str, version: int, body: bytes) -> Deployment:
-        """Remember the document as a new deployment; the one being applied is superseded."""
+    def accept(
+        self,
+        source: str,
+        version: int,
+        body: bytes,
+        *,
+        document: bytes | None = None,
+        proof: Proof | None = None,
+    ) -> Deployment:
+        """Remember the manifest as a new deployment; the one being applied is superseded.
+
+        `document` is what the source sent where that is not the manifest itself.
+        """
         received = self._clock.now().isoformat(timespec="seconds")
         with self._transaction() as db:
-            _see(db, source, version, body, 200, "")
+            _see(db, source, version, body if document is None else document, 200, "")
+            db.execute("DELETE FROM pending")
+            if proof is not None:
+                _note_proof(db, proof)
             db.execute(
                 "UPDATE deployment SET phase='superseded' WHERE phase IN ('applying','probation')"
             )
@@ -172,6 +228,37 @@ class StateStore:
                 (generation - KEPT_DEPLOYMENTS,),
             )
         return Deployment(generation, source, version, body, "applying", "", received)
+
+    # -- what is not here yet, and what was accepted by its signature ---------------------------
+
+    def wait_for(self, pending: Pending | None) -> None:
+        """Remember that this document's manifest is to be fetched; None: nothing is any more."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM pending")
+            if pending is not None:
+                db.execute(
+                    "INSERT INTO pending VALUES (?, ?, ?)",
+                    (pending.source, pending.version, pending.document),
+                )
+
+    def pending(self) -> Pending | None:
+        with self._lock:
+            row = self._db.execute("SELECT source, version, document FROM pending").fetchone()
+        return None if row is None else Pending(*row)
+
+    def note_proof(self, proof: Proof) -> None:
+        with self._transaction() as db:
+            _note_proof(db, proof)
+
+    def proofs(self, scope: str) -> tuple[Proof, ...]:
+        """What was accepted in `scope`, the highest generation first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT scope, sha256, key, generation FROM proof WHERE scope=? "
+                "ORDER BY generation DESC, rowid DESC",
+                (scope,),
+            ).fetchall()
+        return tuple(Proof(*row) for row in rows)
 
     # -- deployments ---------------------------------------------------------------------------
 
@@ -223,6 +310,27 @@ class StateStore:
                 (generation, module, digest),
             )
 
+    # -- canaries ------------------------------------------------------------------------------
+
+    def canaries(self, generation: int) -> dict[str, Canary]:
+        """Module -> how far its automatic rollout is, where that was stored."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT module, step, phase, reason FROM canary WHERE generation=?", (generation,)
+            ).fetchall()
+        return {
+            module: Canary(step, CanaryPhase(phase), reason) for module, step, phase, reason in rows
+        }
+
+    def set_canary(self, generation: int, module: str, canary: Canary) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO canary (generation, module, step, phase, reason) "
+                "VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "step=excluded.step, phase=excluded.phase, reason=excluded.reason",
+                (generation, module, canary.step, canary.phase.value, canary.reason),
+            )
+
     # -- journal -------------------------------------------------------------------------------
 
     def journal(self, generation: int, step: str, outcome: str, message: str = "") -> None:
@@ -257,6 +365,19 @@ def _see(
         "ON CONFLICT DO UPDATE SET version=excluded.version, sha256=excluded.sha256, "
         "code=excluded.code, description=excluded.description",
         (source, version, document_hash(body), code, description),
+    )
+
+
+def _note_proof(db: sqlite3.Connection, proof: Proof) -> None:
+    db.execute(
+        "INSERT INTO proof (scope, sha256, key, generation) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET generation=max(generation, excluded.generation)",
+        (proof.scope, proof.sha256, proof.key, proof.generation),
+    )
+    db.execute(
+        "DELETE FROM proof WHERE scope=?1 AND key=?2 AND rowid NOT IN (SELECT rowid FROM proof "
+        "WHERE scope=?1 AND key=?2 ORDER BY generation DESC, rowid DESC LIMIT ?3)",
+        (proof.scope, proof.key, KEPT_PROOFS),
     )
 
 
