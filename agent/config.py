@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from .runtime.policy import DockerPolicy
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names file, key and remedy."""
@@ -136,12 +138,56 @@ class FabricConfig(_Section, frozen=True):
     device: str = ""
 
 
+class DockerConfig(_Section, frozen=True):
+    """The container engine. "auto": where its socket exists and the docker package is installed.
+
+    `network` is the one modules join where their createOptions name none; it is made when missing.
+    """
+
+    enabled: bool | Literal["auto"] = "auto"
+    socket: Path = Path("/var/run/docker.sock")
+    network: str = ""
+    policy: DockerPolicy = DockerPolicy()
+
+
 class DeploymentConfig(_Section, frozen=True):
-    """`probation_seconds`: how long all modules must be healthy before a deployment is good."""
+    """`probation_seconds`: how long all modules must be healthy before a deployment is good.
+
+    A manifest by reference comes over HTTPS, whose authority `manifest_ca_file` (PEM) may name;
+    over plain HTTP only from this machine and from the HOST[:PORT] in `manifest_http_hosts`.
+    """
 
     probation_seconds: float = 10.0
     retry_base_seconds: float = 1.0
     retry_cap_seconds: float = 60.0
+    manifest_ca_file: Path | None = None
+    manifest_http_hosts: tuple[str, ...] = ()
+
+
+class TrustKeyConfig(_Section, frozen=True):
+    """A public key (PEM, P-256) such as cosign.pub; `id` is what signatures and rules call it."""
+
+    id: str
+    file: Path
+
+
+class TrustImagesConfig(_Section, frozen=True):
+    """Of the rules whose `prefix` (REGISTRY[/PATH], "" for all) fits an image, the longest counts.
+
+    `keys` are ids, all of them when empty.
+    """
+
+    prefix: str = ""
+    require: bool = True
+    keys: tuple[str, ...] = ()
+
+
+class TrustConfig(_Section, frozen=True):
+    """Whose manifests and images this device takes; removing a key withdraws the trust in it."""
+
+    manifests: Literal["off", "require"] = "off"
+    keys: tuple[TrustKeyConfig, ...] = ()
+    images: tuple[TrustImagesConfig, ...] = ()
 
 
 class TelemetryConfig(_Section, frozen=True):
@@ -156,6 +202,14 @@ class TelemetryConfig(_Section, frozen=True):
     ttl_seconds: Annotated[float, msgspec.Meta(ge=0)] = 7 * 24 * 3600.0
 
 
+class LogConfig(_Section, frozen=True):
+    """Each process keeps `files` files of up to `max_bytes` in `state-dir/logs`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    max_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024)] = 1024 * 1024
+    files: Annotated[int, msgspec.Meta(ge=2, le=100)] = 4
+
+
 class AgentConfig(_Section, frozen=True):
     device: DeviceConfig = DeviceConfig()
     iothub: IotHubConfig | None = None
@@ -163,12 +217,19 @@ class AgentConfig(_Section, frozen=True):
     registry: tuple[RegistryConfig, ...] = ()
     scoring: ScoringConfig = ScoringConfig()
     fabric: FabricConfig = FabricConfig()
+    docker: DockerConfig = DockerConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    trust: TrustConfig = TrustConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def device_id(self) -> str:
         return self.device.id or platform.node() or "gatelet"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.device.state_dir / "logs"
 
     @property
     def agent_socket(self) -> Path:

@@ -1,0 +1,45 @@
+"""Scoring modules: where the Unix socket of a container that serves a model lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+from .container import SCORING_LABEL
+
+MOUNT = "/run/gatelet"
+"""Where a scoring module finds its folder inside the container."""
+
+SOCKET_NAME = "scoring.sock"
+
+SOCKET_VARIABLE = "GATELET_SCORING_SOCKET"
+"""Tells a scoring module where to listen: `/run/gatelet/scoring.sock`."""
+
+MODEL_LABEL = SCORING_LABEL
+"""Its value is the model's name in the container; blank or "true" for the module's own name."""
+
+SOCKET_LIMIT = 107
+"""Bytes of a socket's path (unix(7))."""
+
+_NO = ("false", "0", "no")
+
+
+def module_folder(run_dir: PurePosixPath, module: str) -> PurePosixPath:
+    """The folder on the host that `module` shares with the scoring process."""
+    return run_dir / "modules" / module
+
+
+def scoring_socket(run_dir: PurePosixPath, module: str) -> PurePosixPath:
+    """The module's socket as the scoring process reaches it."""
+    return module_folder(run_dir, module) / SOCKET_NAME
+
+
+def is_scoring(labels: Mapping[str, str]) -> bool:
+    """Whether an image or container with `labels` serves a model."""
+    return SCORING_LABEL in labels and labels[SCORING_LABEL].strip().lower() not in _NO
+
+
+def model_name(labels: Mapping[str, str], module: str) -> str:
+    """The model to ask for: the label's value when it is a name, else the module's name."""
+    value = labels.get(SCORING_LABEL, "").strip()
+    return module if value.lower() in ("", "true", "1", "yes", *_NO) else value
