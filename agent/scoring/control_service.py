@@ -19,6 +19,8 @@ import grpc
 from ...accelerators.backend import Backend
 from ...protos import control_pb2 as pb
 from .dataplane import DataPlane
+from .ensemble import find_circle
+from .ensemble_backend import EnsembleBackend, steps_of
 from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, State
 from .loading import InstanceOptions, Loaded
@@ -49,7 +51,8 @@ class ControlService:
         grpc_address: str = "",
     ) -> None:
         self._plane = plane
-        self._backends = backends
+        ensembles = EnsembleBackend(plane)
+        self._backends = {**backends, ensembles.name: ensembles}
         self._grpc_address = grpc_address
         self._boot_id = str(uuid.uuid4())
         self._loading = threading.Lock()
@@ -127,6 +130,18 @@ class ControlService:
                         f"endpoint {message.endpoint!r} must be named, and once",
                     )
                 routes[message.endpoint] = self._route(message, context)
+            circle = find_circle(
+                {
+                    name: steps_of(target.instance for target in route.targets)
+                    for name, route in routes.items()
+                }
+            )
+            if circle:
+                _refuse(
+                    context,
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"ensembles ask each other: {' -> '.join(circle)}",
+                )
             self._plane.switch(routes.values())
         log.info("serving %s", ", ".join(map(_described, routes.values())) or "no endpoint")
         return pb.SwitchResponse()

@@ -34,7 +34,7 @@ _TOLERANCES = {"cpu": (1e-3, 1e-4)}
 _QUANTISED = (5e-2, 5e-2)
 _HALF = (1e-2, 1e-3)
 
-_PLATFORMS = {"onnx": "onnxruntime_onnx"}
+_PLATFORMS = {"onnx": "onnxruntime_onnx", "ensemble": "ensemble"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,11 @@ class Loaded:
             self._sample = load_sample(directory, self.model)
         except ImageError as error:
             raise InstanceRefused(str(error)) from error
-        self._order = options.backends or tuple(
-            sorted(backends, key=lambda n: PREFERENCE.index(n) if n in PREFERENCE else len(n))
+        every = sorted(backends, key=lambda n: PREFERENCE.index(n) if n in PREFERENCE else len(n))
+        # Preferences are among what computes; what only passes on fits any of them.
+        self._order = (
+            *(options.backends or [name for name in every if name in PREFERENCE]),
+            *(name for name in every if name not in PREFERENCE),
         )
         self._missing: dict[str, _Missing] = {}
         self._left_out: list[str] = []
@@ -118,6 +121,8 @@ class Loaded:
                 continue
             for variant in self.model.variants:
                 reason = backend.accepts(variant)
+                if reason is not None and name not in PREFERENCE:
+                    continue
                 if reason is None:
                     try:
                         members.append(self._open(backend, variant))
@@ -237,7 +242,8 @@ class Loaded:
         )
         if size == 1 and options.max_batch > 1:
             self._note(
-                "batching: not every tensor has a free first dimension, so requests run singly"
+                "batching: requests run singly: not every tensor has a free first dimension, "
+                "or the backend takes one at a time"
             )
         member = next((one for one in members if one.usable), None)
         if size > 1 and member is not None:
