@@ -43,6 +43,8 @@ def fabric_command(config: AgentConfig, board: Board) -> tuple[str, ...]:
         *("--lock", str(config.fabric_lock)),
         *("--board", board.name),
         *device,
+        *("--log-file", str(config.logs_dir / "fabric.log")),
+        *("--log-bytes", str(config.log.max_bytes), "--log-files", str(config.log.files)),
         "--die-with-parent",
     )
 
@@ -60,7 +62,8 @@ def run_fabric_role(config: AgentConfig) -> int:
         )
         return 1
     command = fabric_command(config, board)
-    return main(command[command.index("--socket") :])
+    # The log is set up already, and a second handler would write every line twice.
+    return main(command[command.index("--socket") : command.index("--log-file")])
 
 
 def run_scoring_role(config: AgentConfig) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ..errors import BackendError, LoadError
 from ..parent import die_with_parent
+from ..process_log import BoundedLogFile
 from .board import Board, board_named, detect_board
 from .driver import FabricDriver
 from .server import FabricServer
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="module whose install(board) provides the pynq device")
     parser.add_argument("--hang-after", type=float, default=0.5, metavar="SECONDS",
                         help="how long one transfer may take (default: 0.5)")  # fmt: skip
+    parser.add_argument("--log-file", type=Path, help="keep the log in this file too")
+    parser.add_argument("--log-bytes", type=int, default=1024 * 1024, help="size of one log file")
+    parser.add_argument("--log-files", type=int, default=4, help="how many log files are kept")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
     return parser
 
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the fabric process. Returns 0 after SIGTERM, 1 when the fabric cannot be served."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s fabric: %(message)s")
+    if options.log_file is not None:
+        _keep_log(options.log_file, options.log_bytes, options.log_files)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -64,11 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.start()
     except (BackendError, OSError) as error:
         driver.close()
-        print(f"gatelet fabric: {error}", file=sys.stderr)
+        _LOG.error("%s", error)
         return 1
-    print(f"fabric ready: board={board.name if board else 'unknown'} "
-          f"part={(board.part if board else None) or 'unknown'} socket={options.socket}",
-          flush=True)  # fmt: skip
+    about = (
+        f"fabric ready: board={board.name if board else 'unknown'} "
+        f"part={(board.part if board else None) or 'unknown'} socket={options.socket}"
+    )
+    print(about, flush=True)
+    _LOG.info("%s", about)
     while not stop.wait(1.0):
         if server.stuck:
             _LOG.error("pynq does not return; ending so that the supervisor starts a new process")
@@ -76,6 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(1)
     server.stop()
     return 0
+
+
+def _keep_log(path: Path, max_bytes: int, files: int) -> None:
+    try:
+        logging.getLogger().addHandler(BoundedLogFile(path, max_bytes, files))
+    except OSError as error:
+        _LOG.warning("no log is kept: cannot write %s: %s", path, error.strerror)
 
 
 def _install(module: str, board: Board | None) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import signal
 import sys
+from types import TracebackType
 
 from ..config import AgentConfig, ConfigError
 from .command import CommandError, add_config_option, configuration
@@ -29,14 +30,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO,
-        format=f"%(asctime)s {arguments.role:7} %(levelname)-7s %(message)s",
-        stream=sys.stderr,
-    )
-    for noisy in ("azure", "paho", "urllib3", "asyncio", "grpc"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     config = configuration(arguments)
+    _log_to_stderr(arguments, config)
     if arguments.die_with_parent:
         from ...accelerators.parent import die_with_parent
 
@@ -49,6 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
             f"cannot make {error.filename}: {error.strerror}; run as a user who may write there, "
             "or set state-dir and run-dir under [device]"
         ) from error
+    _log_to_files("supervisor" if arguments.role == "all" else arguments.role, config)
     if arguments.role == "all":
         return _supervise(arguments, config)
     if arguments.role == "agent":
@@ -65,6 +61,44 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..roles import run_fabric_role
 
     return run_fabric_role(config)
+
+
+def _log_to_stderr(arguments: argparse.Namespace, config: AgentConfig) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else config.log.level.upper(),
+        format=f"%(asctime)s {arguments.role:7} %(levelname)-7s %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("azure", "paho", "urllib3", "asyncio", "grpc", "docker"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _log_to_files(role: str, config: AgentConfig) -> None:
+    """Keep the log on the device too: `gatelet logs` and direct methods read it from there."""
+    from ...accelerators.process_log import BoundedLogFile
+    from ..redaction import redact
+
+    log, settings = logging.getLogger(__name__), config.log
+    path = config.logs_dir / f"{role}.log"
+    try:
+        handler = BoundedLogFile(path, settings.max_bytes, settings.files, redact)
+    except OSError as error:
+        log.warning("no log is kept: cannot write %s: %s", path, error.strerror)
+        return
+    logging.getLogger().addHandler(handler)
+    show = sys.excepthook
+
+    def crashed(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if issubclass(kind, Exception):
+            record = log.makeRecord(
+                __name__, logging.CRITICAL, "", 0, "crashed", (), (kind, error, trace)
+            )
+            handler.handle(record)
+        show(kind, error, trace)
+
+    sys.excepthook = crashed
 
 
 def _supervise(arguments: argparse.Namespace, config: AgentConfig) -> int:

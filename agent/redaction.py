@@ -1,0 +1,65 @@
+"""Taking secrets out of texts and documents that leave the device or stay in its logs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "(hidden)"
+
+_SECRET_NAME = re.compile(
+    r"pass(word|wd|phrase)?$|passphrase|password|secret|token|api[-_]?key|access[-_]?key"
+    r"|private[-_]?key|symmetric[-_]?key|credential|connection[-_]?string|auth(orization)?$"
+    r"|sas([-_]?url)?$|(^|[-_])key$|^sig$|^pwd$",
+    re.IGNORECASE,
+)
+_FILE_NAME = re.compile(r"[-_](file|socket|command|function)$|lifetime", re.IGNORECASE)
+_IN_TEXT = (
+    # Connection strings, headers and settings: NAME=value or NAME: value.
+    re.compile(
+        r"(?i)\b((?:[\w-]*(?:password|passwd|passphrase|secret|accesskey|access_key|api[-_]?key"
+        r"|token|accountkey|pwd|[_-]key))[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)"
+    ),
+    re.compile(r"(?i)((?:SharedAccessKey|AccountKey)\s*=\s*)([^\s\"';,]+)"),
+    # Signatures in URLs and in shared access signatures.
+    re.compile(r"(?i)([?&;\s]sig=|\bsig=)([^&\s\"';]+)"),
+    re.compile(r"(?i)\b((?:bearer|basic)\s+)([A-Za-z0-9+/_.=-]{8,})"),
+    re.compile(r"(://[^/\s:@]+:)([^/\s@]+)(?=@)"),
+)
+_PEM = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
+)
+_BASE64_KEY = re.compile(
+    r"(?<![A-Za-z0-9+/=])(?:[A-Za-z0-9+/]{43}=|[A-Za-z0-9+/]{86}==)(?![A-Za-z0-9+/=])"
+)
+
+
+def redact(text: str) -> str:
+    """`text` without keys, passwords, tokens, signatures and private keys, as far as their form
+    gives them away. Applying it again changes nothing."""
+    text = _PEM.sub(HIDDEN, text)
+    for pattern in _IN_TEXT:
+        text = pattern.sub(rf"\g<1>{HIDDEN}", text)
+    # 32 and 64 bytes in base64 are what device keys look like; digests are written in hex.
+    return _BASE64_KEY.sub(HIDDEN, text)
+
+
+def secret_name(name: str) -> bool:
+    """Whether a setting or variable of this name holds a secret (and not the path of one)."""
+    return _SECRET_NAME.search(name) is not None and _FILE_NAME.search(name) is None
+
+
+def redact_document(value: Any, name: str = "") -> Any:
+    """A JSON-like value with the same shape, its secrets hidden: by the names they stand under,
+    in whatever depth, and by the form of texts."""
+    if secret_name(name) and value not in (None, "", (), [], {}) and not isinstance(value, bool):
+        if isinstance(value, Mapping) and "credential" in name.lower():
+            # A table of credentials by name: which ones there are is no secret.
+            return {key: redact_document(inner) for key, inner in value.items()}
+        return HIDDEN
+    if isinstance(value, Mapping):
+        return {str(key): redact_document(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_document(inner, name) for inner in value]
+    return redact(value) if isinstance(value, str) else value
