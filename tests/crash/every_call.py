@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,22 +119,27 @@ class SmallDevice:
 
     def __init__(self, supplies: Supplies) -> None:
         self.supplies = supplies
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (see close)
         self._server = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
-        self.log: Path | None = None
 
     def close(self) -> None:
         assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(20)
-        for stream in (self._server.stdout, self._server.stderr):
-            assert stream is not None
-            stream.close()
+        self._server.stdout.close()
+        self._errors.close()
+
+    def errors(self) -> str:
+        """The end of what the devices wrote to standard error."""
+        self._errors.seek(0)
+        return self._errors.read()[-4000:]
 
     def live(
         self,
@@ -179,6 +185,8 @@ class SmallDevice:
             tracer.stderr.read()
             tracer.stderr.close()
             tracer.wait(20)
+        if answer["ended"] not in ("exit 0", "signal 9"):
+            raise AssertionError(f"the device ended with {answer['ended']}: {self.errors()}")
         return Life(answer["ended"], answer["outcome"], answer["acknowledged"])
 
     def _say(self, line: str) -> None:
@@ -190,8 +198,7 @@ class SmallDevice:
         assert self._server.stdout is not None
         line = self._server.stdout.readline()
         if not line:
-            assert self._server.stderr is not None
-            raise AssertionError(f"the device's process ended: {self._server.stderr.read()}")
+            raise AssertionError(f"the device's process ended: {self.errors()}")
         return line
 
 
