@@ -7,18 +7,17 @@ connection that ends puts what it has not acknowledged back.
 
 from __future__ import annotations
 
-import base64
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
-from urllib.parse import quote
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
+from ...agent.clock import Clock
+from .cloud_messages import SYSTEM, CloudMessage
 from .devices import ClientId
 from .errors import HubError, invalid
-
-if TYPE_CHECKING:
-    from .hub import Hub
+from .faults import Faults
+from .links import Link, SettlingLink
+from .state import HubState
 
 MESSAGE_LIMIT = 64 * 1024
 QUEUE_LIMIT = 50
@@ -26,83 +25,26 @@ MAX_DELIVERIES = 10
 DEFAULT_SECONDS = 3600.0
 LONGEST_SECONDS = 2 * 86_400.0
 _ACKS = ("none", "positive", "negative", "full")
-_SYSTEM = {
-    "messageId": "$.mid",
-    "correlationId": "$.cid",
-    "userId": "$.uid",
-    "contentType": "$.ct",
-    "contentEncoding": "$.ce",
-}
 
 
-@runtime_checkable
-class SettlingLink(Protocol):
-    """A link that also says how a message ended; clients of other links get none of these."""
+class Owner(Protocol):
+    """The hub, as far as its queues go."""
 
-    def deliver_settled(
-        self, topic: str, payload: bytes, done: Callable[[int | None], None] | None
-    ) -> None:
-        """`done` learns the reason code of the acknowledgement, None: not delivered."""
+    state: HubState
+    clock: Clock
+    faults: Faults
 
+    def link(self, client: ClientId) -> Link | None: ...
 
-@dataclass(frozen=True, slots=True)
-class CloudMessage:
-    """`system` by the names of the REST call; `input` names a module's input, "" is the client.
+    def now(self) -> str: ...
 
-    `expires` is epoch seconds, `enqueued` ISO 8601 UTC; `ack` says which outcomes make feedback.
-    """
-
-    target: ClientId
-    body: bytes
-    properties: Mapping[str, str]
-    system: Mapping[str, str]
-    expires: float
-    enqueued: str
-    ack: str = "none"
-    input: str = ""
-    deliveries: int = 0
-    id: str = field(default_factory=lambda: str(uuid.uuid4()))
-
-    @property
-    def topic(self) -> str:
-        if self.input:
-            base = f"{self.target.path}/inputs/{quote(self.input, safe='')}/"
-            pairs: dict[str, str] = {}
-        else:
-            base = f"{self.target.path}/messages/devicebound/"
-            pairs = {"$.to": f"/{self.target.path}/messages/devicebound"}
-        pairs |= {_SYSTEM[name]: value for name, value in self.system.items()}
-        if self.ack != "none":
-            pairs["iothub-ack"] = self.ack
-        pairs |= self.properties
-        return base + "&".join(f"{quote(n, safe='')}={quote(v, safe='')}" for n, v in pairs.items())
-
-    def as_json(self) -> dict[str, Any]:
-        """For the state file and the service side; `from_json` reads it back."""
-        return {
-            "id": self.id,
-            "target": str(self.target),
-            "bodyBase64": base64.b64encode(self.body).decode(),
-            "properties": dict(self.properties),
-            "system": dict(self.system),
-            "expires": self.expires,
-            "enqueued": self.enqueued,
-            "ack": self.ack,
-            "input": self.input,
-            "deliveries": self.deliveries,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CloudMessage:
-        rest = {k: v for k, v in data.items() if k not in ("target", "bodyBase64")}
-        body = base64.b64decode(data["bodyBase64"])
-        return cls(target=ClientId.parse(data["target"]), body=body, **rest)
+    def state_changed(self) -> None: ...
 
 
 class CloudQueues:
     """The queues of one hub's clients; `hub.state.messages` holds them."""
 
-    def __init__(self, hub: Hub, max_deliveries: int = MAX_DELIVERIES) -> None:
+    def __init__(self, hub: Owner, max_deliveries: int = MAX_DELIVERIES) -> None:
         self._hub = hub
         self.max_deliveries = max_deliveries
         self._in_flight: set[str] = set()
@@ -128,7 +70,7 @@ class CloudQueues:
         hub.state.registry.get(target)
         if ack not in _ACKS:
             raise invalid(f"ack is one of {', '.join(_ACKS)}, not {ack!r}")
-        if unknown := set(system or {}) - set(_SYSTEM):
+        if unknown := set(system or {}) - set(SYSTEM):
             raise invalid(f"unknown system properties: {', '.join(sorted(unknown))}")
         if not 0 < seconds <= LONGEST_SECONDS:
             raise invalid(f"a message lives up to {LONGEST_SECONDS:g} s, not {seconds:g}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from ...agent.twin.merge_patch import apply_patch, same, without_nulls
 from . import configurations, queries, queries_evaluation
@@ -12,18 +12,33 @@ from .configurations import CONFIGURATION_LIMIT, Configuration
 from .devices import ClientId
 from .errors import HubError
 from .state import HubState
+from .twins import Twin
 
 _log = logging.getLogger(__name__)
 
 
-class Rollout:
-    """All operations are atomic on the event loop. `hub` is a Hub, seen through what is used."""
+class Owner(Protocol):
+    """The hub, as far as deployments go."""
 
-    def __init__(self, hub: Any, state: HubState) -> None:
+    def now(self) -> str: ...
+
+    def twin(self, client: ClientId) -> Twin: ...
+
+    def twin_view(self, client: ClientId) -> dict[str, Any]: ...
+
+    def set_sections(self, device: str, sections: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+    def state_changed(self) -> None: ...
+
+
+class Rollout:
+    """All operations are atomic on the event loop."""
+
+    def __init__(self, hub: Owner, state: HubState) -> None:
         self._hub = hub
         self._state = state
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Configuration]:
         return iter(sorted(self._state.configurations.values(), key=lambda one: one.id))
 
     def get(self, id: str) -> Configuration:

@@ -16,7 +16,8 @@ from ..mqtt.websocket import serve_websocket
 from .client_certificates import PresentedCertificates
 from .devices import ClientId
 from .errors import HubError, invalid
-from .hub import TELEMETRY_LIMIT, Hub, parse_json
+from .hub import TELEMETRY_LIMIT, Hub
+from .json_text import parse_json
 from .uploads import BLOB_LIMIT, CONTAINER
 
 WEBSOCKET_PATH = "/$iothub/websocket"

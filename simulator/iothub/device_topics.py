@@ -8,7 +8,9 @@ from urllib.parse import unquote
 
 from .devices import ClientId
 from .errors import HubError, invalid
-from .hub import Hub, Link, parse_json
+from .hub import Hub
+from .json_text import parse_json
+from .links import Link
 from .rates import throttled
 
 _TWIN_GET = re.compile(r"\$iothub/twin/GET/\?(?P<query>.*)\Z")

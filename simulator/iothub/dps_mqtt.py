@@ -24,7 +24,7 @@ from ..mqtt.session import Session
 from .client_certificates import PresentedCertificates
 from .dps import Applicant, ProvisioningService, Registration
 from .errors import HubError, invalid
-from .hub import parse_json
+from .json_text import parse_json
 from .rates import throttled
 
 _log = logging.getLogger(__name__)

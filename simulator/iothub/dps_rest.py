@@ -11,7 +11,7 @@ from . import sas
 from .dps import ProvisioningService
 from .dps_enrollments import Enrollment, parse_enrollment
 from .errors import HubError, invalid, unauthorized
-from .hub import parse_json
+from .json_text import parse_json
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 OPEN = web.AppKey("open", frozenset[str])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-from urllib.parse import quote
+from typing import Any
 
 from ...agent.clock import Clock
 from ...agent.twin.merge_patch import make_patch
@@ -17,32 +14,21 @@ from .configurations_rollout import Rollout
 from .credentials import Gate, Login
 from .deployment import desired_sections, module_ids
 from .devices import ClientId, Identity
-from .errors import HubError, invalid, unauthorized
+from .errors import HubError, unauthorized
 from .faults import Faults, SkewedClock
+from .json_text import json_bytes
+from .links import Link
+from .methods import METHOD_PAYLOAD_LIMIT, DirectMethods
 from .rates import RateLimits, Throttle
 from .state import HubState
 from .telemetry import Message, TelemetryStore
 from .twins import Twin
 from .uploads import Uploads
 
-METHOD_PAYLOAD_LIMIT = 128 * 1024
+__all__ = ["METHOD_PAYLOAD_LIMIT", "TELEMETRY_LIMIT", "Hub", "Link"]
+
 TELEMETRY_LIMIT = 256 * 1024
 _NEVER = "0001-01-01T00:00:00Z"
-
-
-class Link(Protocol):
-    """One connected client, as the hub sees it."""
-
-    def subscribed(self, topic: str) -> bool: ...
-
-    def deliver(self, topic: str, payload: bytes) -> None:
-        """Sends a message to this client only, if a subscription of it matches."""
-
-    def drop(self, reason: str) -> None:
-        """Cuts the connection; MQTT 3.1.1 has no way to tell the client why."""
-
-    async def wait_closed(self) -> None:
-        """Until the connection is gone and detached."""
 
 
 class Hub:
@@ -70,9 +56,7 @@ class Hub:
         self._changed = changed
         self._links: dict[ClientId, Link] = {}
         self._activity: dict[ClientId, str] = {}
-        self._answers: dict[tuple[ClientId, str], asyncio.Future[tuple[int, Any]]] = {}
-        self._methods_sent = 0
-        self._link_changed = asyncio.Event()
+        self._methods = DirectMethods(self.link, self.clock)
 
     # Clients.
 
@@ -131,15 +115,12 @@ class Hub:
         if self._links.get(client) is link:
             del self._links[client]
             self._activity[client] = self.now()
-            for (other, rid), answer in list(self._answers.items()):
-                if other == client and not answer.done():
-                    answer.set_exception(_not_online(client, f"disconnected during {rid}"))
+            self._methods.disconnected(client)
 
     def touch(self, client: ClientId) -> None:
         """Something the client did may let waiting methods proceed (connect, subscribe)."""
         self._activity[client] = self.now()
-        event, self._link_changed = self._link_changed, asyncio.Event()
-        event.set()
+        self._methods.changed()
 
     def connected(self, client: ClientId) -> bool:
         return client in self._links
@@ -280,54 +261,17 @@ class Hub:
         (no answer within `response_timeout` seconds).
         """
         self.state.registry.get(client)
-        body = _json_bytes(payload)
-        if len(body) > METHOD_PAYLOAD_LIMIT:
-            raise HubError(
-                413, "RequestEntityTooLarge", f"a payload has up to {METHOD_PAYLOAD_LIMIT} bytes"
-            )
-        self._methods_sent += 1
-        rid = f"{self._methods_sent:x}"
-        topic = f"$iothub/methods/POST/{quote(name, safe='')}/?$rid={rid}"
-        link = await self._online(client, topic, connect_timeout)
-        answer: asyncio.Future[tuple[int, Any]] = asyncio.get_running_loop().create_future()
-        self._answers[client, rid] = answer
-        try:
-            link.deliver(topic, body)
-            return await asyncio.wait_for(answer, response_timeout)
-        except asyncio.TimeoutError:
-            raise HubError(
-                504, "GatewayTimeout", f"{client} did not answer {name} in {response_timeout:g} s"
-            ) from None
-        finally:
-            del self._answers[client, rid]
+        return await self._methods.invoke(client, name, payload, response_timeout, connect_timeout)
 
     def method_answered(self, client: ClientId, rid: str, status: int, body: bytes) -> None:
         """A client's answer; late and repeated ones are dropped. Raises HubError 400 or 413."""
-        if len(body) > METHOD_PAYLOAD_LIMIT:
-            raise HubError(413, "RequestEntityTooLarge", f"the answer has {len(body)} bytes")
-        answer = self._answers.get((client, rid))
-        if answer is not None and not answer.done():
-            answer.set_result((status, parse_json(body) if body.strip() else None))
+        self._methods.answered(client, rid, status, body)
 
     def accept_telemetry(self, client: ClientId, body: bytes, bag: str) -> Message:
         """Raises HubError 413."""
         if len(body) > TELEMETRY_LIMIT:
             raise HubError(413, "MessageTooLarge", f"a message has up to {TELEMETRY_LIMIT} bytes")
         return self.telemetry.add(client, body, bag, self.now())
-
-    async def _online(self, client: ClientId, topic: str, timeout: float) -> Link:
-        deadline = self.clock.monotonic() + timeout
-        while True:
-            link = self._links.get(client)
-            if link is not None and link.subscribed(topic):
-                return link
-            left = deadline - self.clock.monotonic()
-            if left <= 0:
-                raise _not_online(client, "it is not connected, or not listening for methods")
-            try:
-                await asyncio.wait_for(self._link_changed.wait(), left)
-            except asyncio.TimeoutError:
-                continue
 
     # What the service side sees of an identity.
 
@@ -390,25 +334,9 @@ class Hub:
     def _deliver(self, client: ClientId, topic: str, body: Any) -> None:
         link = self._links.get(client)
         if link is not None:
-            link.deliver(topic, _json_bytes(body))
+            link.deliver(topic, json_bytes(body))
 
     def _drop(self, client: ClientId, reason: str) -> None:
         link = self._links.get(client)
         if link is not None:
             link.drop(reason)
-
-
-def parse_json(body: bytes) -> Any:
-    """Raises HubError 400."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"the body is not JSON: {error}") from error
-
-
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _not_online(client: ClientId, why: str) -> HubError:
-    return HubError(404, "DeviceNotOnline", f"{client}: {why}")

@@ -16,7 +16,8 @@ from aiohttp import web
 from .c2d import DEFAULT_SECONDS, LONGEST_SECONDS
 from .devices import ClientId
 from .errors import invalid
-from .hub import Hub, parse_json
+from .hub import Hub
+from .json_text import parse_json
 
 
 def add_routes(application: web.Application, hub: Hub) -> None:

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from .devices import ClientId
 from .errors import invalid
-from .hub import parse_json
+from .json_text import parse_json
 
 
 def client_of(request: web.Request) -> ClientId:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .c2d import CloudMessage
+from .cloud_messages import CloudMessage
 from .configurations import Configuration
 from .devices import ClientId, Identity, Registry
 from .twins import Twin

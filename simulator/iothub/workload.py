@@ -23,7 +23,8 @@ from aiohttp import web
 
 from .devices import ClientId, Identity
 from .errors import HubError, invalid
-from .hub import Hub, parse_json
+from .hub import Hub
+from .json_text import parse_json
 
 _CLOSE_SECONDS = 2.0
 _MANAGED_BY = "iotedge"
