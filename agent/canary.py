@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import sqrt
 
 import msgspec
+
+# Standard deviations: few failures among few requests are no verdict, and a canary is looked at
+# often.
+_CERTAIN = 3.5
 
 
 class CanaryRules(msgspec.Struct, frozen=True):
     """`steps`: rising percentages. `max_error_delta`: by how much its rate of failed requests
-    (0 to 1) may exceed the other's; `max_latency_ratio`: its mean time per answer against the
-    other's; `min_requests`: answered in a step before it is judged."""
+    (0 to 1) may exceed the other's, beyond what chance explains; `max_latency_ratio`: its mean time
+    per answer against the other's; `min_requests`: answered in a step before it is judged."""
 
     steps: tuple[int, ...]
     step_seconds: float = 60.0
@@ -79,12 +84,14 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class Canary:
     """How far it is. `start`: the sample that the present step is measured from, None before the
-    first one; `reason`: why it was rolled back."""
+    first one; `beside`: what the other version answered in the step before, to compare with where
+    it gets no requests any more; `reason`: why it was rolled back."""
 
     step: int = 0
     phase: CanaryPhase = CanaryPhase.RUNNING
     reason: str = ""
     start: Sample | None = None
+    beside: Counts = Counts()
 
 
 def percent(rules: CanaryRules, canary: Canary) -> int:
@@ -109,26 +116,24 @@ def advance(rules: CanaryRules, canary: Canary, sample: Sample) -> Canary:
     new, old = sample.canary - start.canary, sample.stable - start.stable
     if new.requests < rules.min_requests:
         return canary
-    reason = _worse(rules, new, old)
+    enough = old.requests >= rules.min_requests
+    reason = _worse(rules, new, old if enough else canary.beside)
     if reason:
         return Canary(canary.step, CanaryPhase.ROLLED_BACK, reason)
     if sample.now - start.now < rules.step_seconds:
         return canary
     if canary.step + 1 >= len(rules.steps):
         return Canary(canary.step, CanaryPhase.PROMOTED)
-    return Canary(canary.step + 1)
+    return Canary(canary.step + 1, beside=old if enough else canary.beside)
 
 
 def _worse(rules: CanaryRules, new: Counts, old: Counts) -> str:
-    """Why the canary's answers are not good enough; "" when they are.
-
-    Beside 100 percent there is nobody to compare with: then its failures are held against none,
-    and its time against nothing.
-    """
-    if new.error_rate > old.error_rate + rules.max_error_delta:
+    """Why the canary's answers are not good enough; "" when they are."""
+    allowed = old.error_rate + rules.max_error_delta + _CERTAIN * _deviation(new, old)
+    if new.error_rate > allowed:
         return (
             f"{new.failures} of {new.requests} requests failed ({new.error_rate:.1%}), beside it "
-            f"{old.error_rate:.1%}; allowed are {rules.max_error_delta:.1%} more"
+            f"{old.error_rate:.1%}; allowed are {allowed:.1%}"
         )
     if new.successes and old.successes and new.mean_ns > old.mean_ns * rules.max_latency_ratio:
         return (
@@ -138,11 +143,21 @@ def _worse(rules: CanaryRules, new: Counts, old: Counts) -> str:
     return ""
 
 
+def _deviation(new: Counts, old: Counts) -> float:
+    """By how much two rates of failure differ by chance: one standard deviation."""
+    if not new.requests or not old.requests:
+        return 0.0
+    rate = (new.failures + old.failures) / (new.requests + old.requests)
+    return sqrt(rate * (1 - rate) * (1 / new.requests + 1 / old.requests))
+
+
 def _went_back(start: Sample, sample: Sample) -> bool:
     """Whether an instance was loaded anew in between: its counts began again."""
-    return (
-        sample.canary.requests < start.canary.requests
-        or sample.stable.requests < start.stable.requests
+    return any(
+        now.successes < then.successes
+        or now.failures < then.failures
+        or now.success_ns < then.success_ns
+        for now, then in ((sample.canary, start.canary), (sample.stable, start.stable))
     )
 
 
