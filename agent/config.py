@@ -124,7 +124,16 @@ class RegistryConfig(_Section, frozen=True):
 
 
 class ScoringConfig(_Section, frozen=True):
+    """Addresses are host:port (port 0: any free one) or unix:/path; "" turns one off.
+
+    `memory_budget_mb`: MiB that models may take before the one longest unused leaves memory until
+    it is asked again; 0 for no limit.
+    """
+
     grpc_address: str = "127.0.0.1:8001"
+    http_address: str = "127.0.0.1:8000"
+    metrics_address: str = "127.0.0.1:8002"
+    memory_budget_mb: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class FabricConfig(_Section, frozen=True):

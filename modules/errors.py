@@ -70,3 +70,17 @@ class StorageFailed(ImageError):
 
 class StorageFull(StorageFailed):
     """The disk has no room for the image."""
+
+
+class Unsigned(ImageError):
+    """The policy wants a signature and the registry has none (it may be signed later)."""
+
+    retryable = True
+
+
+class Untrusted(ImageError):
+    """There are signatures, and none that this device may trust for this image."""
+
+
+class OlderGeneration(Untrusted):
+    """The image is authentic but older than one that this device accepted before."""

@@ -1,4 +1,4 @@
-"""`gatelet image`: build a model image, push it to a registry, look into one."""
+"""`gatelet image`: build a model image, push it to a registry, look into one, sign it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import trust
 from .command import CommandError, add_json_option, print_json, wrong_use
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add `image` and its own commands."""
     parser = commands.add_parser(
         "image",
-        help="build, push and inspect model images",
+        help="build, push, inspect and sign model images",
         description="Model images: OCI images that carry a model and its variants.",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -67,6 +69,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_registry_options(inspect)
     add_json_option(inspect)
     inspect.set_defaults(run=_run(_inspect))
+
+    sign = actions.add_parser(
+        "sign",
+        help="sign an image in a registry",
+        description="Add a signature in cosign's key format to an image in a registry.",
+    )
+    verify = actions.add_parser("verify", help="check the signature of an image in a registry")
+    trust.add_image_options(sign, verify)
+    for one, action in ((sign, trust.sign_image), (verify, trust.verify_image)):
+        _add_registry_options(one)
+        add_json_option(one)
+        one.set_defaults(run=_run(partial(_in_registry, action)))
 
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +207,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raw = client.read_blob(reference.repository, manifest.config, MAX_CONFIG_BYTES)
     config = parse_config(raw, str(reference), len(manifest.layers))
     _describe(arguments, found.digest, manifest, config)
+
+
+def _in_registry(action: Callable[..., None], arguments: argparse.Namespace) -> None:
+    from ...modules.oci.reference import ImageRef
+
+    reference = ImageRef.parse(arguments.reference)
+    with _client(arguments, reference) as client:
+        action(arguments, client, reference)
 
 
 def _describe(
