@@ -30,10 +30,15 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a session may use the device. `threads` is the intra-op thread count, 0 for automatic."""
+    """How a session may use the device. `threads` is the intra-op thread count, 0 for automatic.
+
+    `inputs` and `outputs` are the model's signature, for variants that do not hold their own.
+    """
 
     threads: int = 0
     extra: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
 
 
 class Session(Protocol):

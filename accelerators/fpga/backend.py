@@ -1,8 +1,8 @@
 """The FPGA backend: overlay packages run by the fabric process, with the scoring side's view.
 
-Tensors are quantised here, so that the fabric process only moves bytes. Nothing here waits past
-a deadline, and the fabric process may come and go: sessions turn unhealthy at once and heal by
-themselves.
+Tensors are quantised and packed here, so that the fabric process only moves bytes. Nothing here
+waits past a deadline, and the fabric process may come and go: sessions turn unhealthy at once and
+heal by themselves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from ..backend import LoadOptions, Variant
+from ..backend import LoadOptions, Session, Variant
 from ..errors import (
     BackendError,
     BackendUnavailable,
@@ -25,17 +24,19 @@ from ..errors import (
     InvalidTensor,
     LoadError,
 )
-from ..tensors import Array, TensorSpec, shape_matches
+from ..tensors import NUMPY_DTYPES, Array, TensorSpec, shape_matches
 from .board import same_part
 from .client import FabricClient, FabricGone
+from .codec import decode, encode
 from .keeper import Keeper
-from .package import OverlayPackage, preflight, read_package
-from .protocol import PAYLOAD_LIMIT, FabricSick, UnknownHandle
-from .wire import dequantise, quantise
+from .package import KINDS, Package, Signature
+from .packages import probe
+from .packing import Bytes
+from .preflight import preflight
+from .protocol import PAYLOAD_LIMIT, FabricSick, UnknownHandle, signature_header
 
 _LOG = logging.getLogger(__name__)
 
-KIND = "stream"
 LOAD_SECONDS = 35.0
 PROBE_SECONDS = 5.0
 UNLOAD_SECONDS = 5.0
@@ -46,7 +47,7 @@ TOLERATED_TIMEOUTS = 3
 
 
 class FpgaBackend:
-    """Runs variants of kind "stream" through the fabric process behind `socket_path`.
+    """Runs overlay packages of all kinds through the fabric process behind `socket_path`.
 
     `board` and `part` are this device's, None when it has no (known) FPGA board.
     """
@@ -62,8 +63,8 @@ class FpgaBackend:
         return "fpga"
 
     def accepts(self, variant: Variant) -> str | None:
-        if variant.kind != KIND:
-            return f"the FPGA backend runs variants of kind {KIND}, not {variant.kind}"
+        if variant.kind not in KINDS:
+            return f"the FPGA backend runs variants of kind {', '.join(KINDS)}, not {variant.kind}"
         if self._board is None:
             return "this device has no FPGA board"
         if variant.board is not None and variant.board.lower() != self._board:
@@ -76,7 +77,7 @@ class FpgaBackend:
             return f"built for part {variant.part}, this board carries {self._part}"
         return None
 
-    def load(self, directory: Path, variant: Variant, options: LoadOptions) -> FpgaSession:
+    def load(self, directory: Path, variant: Variant, options: LoadOptions) -> Session:
         """Open the package in `directory / variant.path`.
 
         Raises LoadError when the package does not fit the board or the fabric refuses it. A
@@ -84,13 +85,17 @@ class FpgaBackend:
         """
         if reason := self.accepts(variant):
             raise LoadError(f"{variant.path}: {reason}")
-        package = read_package((directory / variant.path).resolve())
-        if package.board != self._board:
-            raise LoadError(
-                f"{package.directory}: built for board {package.board}, this is a {self._board}"
-            )
+        folder = (directory / variant.path).resolve()
+        # The core of an offloaded model has tensors of its own, between those of the model.
+        own = variant.kind == "gatelet-rtl"
+        signature = Signature() if own else Signature(options.inputs, options.outputs)
+        package = probe(folder, signature, variant.kind)
+        if package.board is not None and package.board != self._board:
+            raise LoadError(f"{folder}: built for board {package.board}, this is a {self._board}")
+        if not (package.inputs and package.outputs):
+            raise LoadError(f"{folder}: needs the inputs and outputs of model.json")
         preflight(package, self._part)
-        session = FpgaSession(package, self._client, self._keeper)
+        session = FpgaSession(package, signature, self._client, self._keeper)
         try:
             session.revive()
         except LoadError:
@@ -98,7 +103,15 @@ class FpgaBackend:
         except BackendError as error:
             session.fail(str(error))
         self._keeper.add(session)
-        return session
+        if not own:
+            return session
+        from .offloaded import OffloadedSession
+
+        try:
+            return OffloadedSession(session, folder, options)
+        except BackendError:
+            session.close()
+            raise
 
     def close(self) -> None:
         """Stop the background thread and drop the connections."""
@@ -109,8 +122,11 @@ class FpgaBackend:
 class FpgaSession:
     """One overlay package in the fabric process. Thread-safe."""
 
-    def __init__(self, package: OverlayPackage, client: FabricClient, keeper: Keeper) -> None:
+    def __init__(
+        self, package: Package, signature: Signature, client: FabricClient, keeper: Keeper
+    ) -> None:
         self._package = package
+        self._signature = signature
         self._client = client
         self._keeper = keeper
         self._handle: str | None = None
@@ -150,20 +166,25 @@ class FpgaSession:
         why, handle = self._why, self._handle
         if why is not None or handle is None:
             raise BackendUnavailable(f"{self._package.name}: {why}")
-        source, target = self._package.inputs[0], self._package.outputs[0]
+        package = self._package
         self._check_names(inputs, outputs)
-        tensor = _checked(inputs[source.spec.name], source.spec)
+        tensors = {
+            port.spec.name: _checked(inputs[port.spec.name], port.spec) for port in package.inputs
+        }
+        counts = {len(tensor) for tensor in tensors.values()}
+        if len(counts) != 1:
+            raise InvalidTensor(f"{package.name}: the inputs have unequal batches")
+        (count,) = counts
         largest = self._largest()
-        if len(tensor) > largest:
+        if count > largest:
             raise InvalidTensor(
-                f"{self._package.name}: a batch of {len(tensor)} is too large, send {largest} "
-                "items at most"
+                f"{package.name}: a batch of {count} is too large, send {largest} items at most"
             )
-        items = quantise(tensor, source.wire)
+        items = {p.spec.name: encode(tensors[p.spec.name], p) for p in package.inputs}
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlineExceeded(f"{self._package.name}: the deadline had passed on arrival")
         try:
-            results = self._infer(handle, items, deadline)
+            results = self._infer(handle, items, count, deadline)
         except DeadlineExceeded as error:
             self._timeouts += 1
             if self._timeouts >= TOLERATED_TIMEOUTS:
@@ -175,9 +196,11 @@ class FpgaSession:
                 self.fail(str(error))
             raise
         self._timeouts = 0
-        if outputs is not None and not outputs:
-            return {}
-        return {target.spec.name: dequantise(results, target.wire, target.spec.shape)}
+        return {
+            port.spec.name: decode(results[port.spec.name], port)
+            for port in package.outputs
+            if outputs is None or port.spec.name in outputs
+        }
 
     def close(self) -> None:
         with self._guard:
@@ -204,13 +227,21 @@ class FpgaSession:
         Raises BackendError.
         """
         answer = self._client.call(
-            {"op": "load", "directory": str(self._package.directory)},
+            {
+                "op": "load",
+                "directory": str(self._package.directory),
+                "kind": self._package.kind,
+                **signature_header(self._signature),
+            },
             deadline=time.monotonic() + LOAD_SECONDS,
         )
         handle = str(answer.header.get("handle"))
         try:
-            probe = np.zeros((1, self._package.inputs[0].wire.elements), np.int8)
-            self._infer(handle, probe, time.monotonic() + PROBE_SECONDS)
+            zeros = {
+                port.spec.name: np.zeros((1, port.wire.item_bytes), np.uint8)
+                for port in self._package.inputs
+            }
+            self._infer(handle, zeros, 1, time.monotonic() + PROBE_SECONDS)
         except BackendError:
             self._unload(handle)
             raise
@@ -230,30 +261,31 @@ class FpgaSession:
                     {"op": "unload", "handle": handle}, deadline=time.monotonic() + UNLOAD_SECONDS
                 )
 
-    def _infer(self, handle: str, items: Array, deadline: float | None) -> npt.NDArray[np.int8]:
+    def _infer(
+        self, handle: str, items: Mapping[str, Bytes], count: int, deadline: float | None
+    ) -> dict[str, Bytes]:
         milliseconds = None
         if deadline is not None:
             remaining = max(0.0, deadline - time.monotonic())
             margin = min(DEADLINE_MARGIN_SECONDS, remaining / 10)
             milliseconds = round((remaining - margin) * 1000, 3)
         answer = self._client.call(
-            {"op": "infer", "handle": handle, "deadlineMs": milliseconds},
-            {self._package.inputs[0].spec.name: items},
-            deadline,
+            {"op": "infer", "handle": handle, "deadlineMs": milliseconds}, items, deadline
         )
-        port = self._package.outputs[0]
-        results = answer.tensors.get(port.spec.name)
-        if (
-            results is None
-            or results.dtype != np.int8
-            or results.shape != (len(items), port.wire.elements)
-        ):
-            raise FabricSick(f"{self._package.name}: the fabric process gave no such output")
-        return results.astype(np.int8, copy=False)
+        results = {}
+        for port in self._package.outputs:
+            got = answer.tensors.get(port.spec.name)
+            if got is None or got.dtype != np.uint8 or got.shape != (count, port.wire.item_bytes):
+                raise FabricSick(f"{self._package.name}: the fabric process gave no such output")
+            results[port.spec.name] = got.view(np.uint8)
+        return results
 
     def _largest(self) -> int:
-        source, target = self._package.inputs[0], self._package.outputs[0]
-        return PAYLOAD_LIMIT // max(source.wire.item_bytes, target.wire.item_bytes)
+        package = self._package
+        totals = (
+            sum(port.wire.item_bytes for port in s) for s in (package.inputs, package.outputs)
+        )
+        return PAYLOAD_LIMIT // max(totals)
 
     def _check_names(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> None:
         wanted = {spec.name for spec in self.inputs}
@@ -268,6 +300,6 @@ class FpgaSession:
 
 
 def _checked(tensor: Array, spec: TensorSpec) -> Array:
-    if tensor.dtype != np.float32 or not shape_matches(spec.shape, tensor.shape):
+    if tensor.dtype != NUMPY_DTYPES[spec.datatype] or not shape_matches(spec.shape, tensor.shape):
         raise InvalidTensor(f"{spec} expected, got {tensor.dtype} {list(tensor.shape)}")
     return tensor

@@ -1,7 +1,7 @@
-"""Moves items through an overlay with unmodified pynq; every wait has an end.
+"""Moves items through overlays; every wait has an end.
 
-Runs in the fabric process, on one thread. Not tried on a board: the registers and their order
-are those of PG021 and of pynq's own DMA class.
+Runs in the fabric process, on one thread, on pynq's Overlay, MMIO and buffers. Not tried on a
+board; the register maps are those in `transports`.
 """
 
 from __future__ import annotations
@@ -11,70 +11,58 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BackendUnavailable, DeadlineExceeded, LoadError
-from .package import CLOCK_TOLERANCE, OverlayPackage, preflight
+from .handoff import Hardware, read_hardware
+from .package import Package, RtlStream
+from .packing import Bytes
+from .preflight import CLOCK_TOLERANCE, preflight
 from .protocol import FabricSick
+from .transports import Engine, Slot, Workplace, open_engine
 
 _LOG = logging.getLogger(__name__)
 
-Items = npt.NDArray[np.int8]
-
-_SEND, _RECEIVE = 0x00, 0x30
-_CONTROL, _STATUS, _LENGTH = 0x00, 0x04, 0x28
-_RUN, _RESET = 0x1, 0x4
-_HALTED, _IDLE = 0x1, 0x2
-_ERRORS = {
-    0x10: "internal error (length zero, or a packet longer than the buffer)",
-    0x20: "slave error (memory answered with an error)",
-    0x40: "decode error (address outside memory)",
-}
-_REGISTER_SECONDS = 0.1
 _SPIN_SECONDS = 0.0003
 _NAP_SECONDS = 0.0001
+_PROGRAM_PACKET = 1 << 13
 # What pynq and the kernel drivers below it raise when a design does not fit or loading fails.
 _PYNQ_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
-
-
-def decode_errors(status: int) -> str | None:
-    """The names of the error bits in a DMASR value, None when there are none."""
-    return ", ".join(name for bit, name in _ERRORS.items() if status & bit) or None
 
 
 @dataclass(slots=True)
 class _Active:
     """The overlay in the fabric, and the buffers that belong to it."""
 
-    package: OverlayPackage
-    dma: Any
-    registers: Any
+    package: Package
+    engine: Engine
     chunk: int
-    send: Any
-    receive: Any
+    sends: tuple[Slot, ...]
+    receives: tuple[Slot, ...]
+    buffers: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class FabricCounters:
-    """Since the fabric was opened."""
+    """Since the fabric was opened. `replaced`: found configured by another process."""
 
     reconfigurations: int = 0
     transfers: int = 0
     dma_errors: int = 0
     hangs: int = 0
+    replaced: int = 0
 
 
 class FabricDriver:
     """The fabric of this machine, held by flock so that two processes never share it.
 
     `part` is the board's (None: unknown, not checked). A transfer that takes longer than
-    `hang_after` seconds is given up: the DMA is reset and the bitstream downloaded again.
+    `hang_after` seconds is given up: the cores are reset and the bitstream downloaded again.
     """
 
     def __init__(
@@ -91,18 +79,24 @@ class FabricDriver:
         self._monotonic = monotonic
         self._lock: IO[str] | None = None
         self._device: Any = None
-        self._overlays: dict[tuple[object, ...], Any] = {}
+        self._state: Path | None = None
+        self._mark: tuple[int, int] | None = None
+        self._overlays: dict[tuple[object, ...], tuple[Any, Hardware]] = {}
         self._limits: dict[tuple[object, ...], int] = {}
         self._active: _Active | None = None
+        # Buffers that cores may still write to, until the fabric is configured anew.
+        self._parked: list[Any] = []
         self._unfinished: float | None = None
         self._broken = False
         self._reconfigurations = self._transfers = self._dma_errors = self._hangs = 0
+        self._replaced = 0
 
     @property
     def counters(self) -> FabricCounters:
         return FabricCounters(
-            self._reconfigurations, self._transfers, self._dma_errors, self._hangs
-        )
+            self._reconfigurations, self._transfers, self._dma_errors, self._hangs,
+            self._replaced,
+        )  # fmt: skip
 
     @property
     def loaded(self) -> str | None:
@@ -122,6 +116,7 @@ class FabricDriver:
                 from pynq.pl_server.device import Device
 
                 self._device = Device.active_device
+                self._state = _state_file(self._device)
         except ImportError as error:
             self.close()
             raise LoadError(
@@ -138,38 +133,43 @@ class FabricDriver:
     def close(self) -> None:
         """Free the buffers and let the lock go. Idempotent."""
         self._leave()
+        self._free_parked()
         self._overlays.clear()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def load(self, package: OverlayPackage) -> None:
+    def load(self, package: Package) -> None:
         """Check the package and put it into the fabric once. Raises LoadError or FabricSick."""
         self._settle()
-        self._limits[package.identity] = preflight(package, self._part)
+        self._limits[package.identity] = preflight(package, self._part, cma_bytes())
         self._activate(package)
 
-    def unload(self, package: OverlayPackage) -> None:
+    def unload(self, package: Package) -> None:
         """Forget what is kept for the package."""
         self._overlays.pop(package.identity, None)
         self._limits.pop(package.identity, None)
         if self._active and self._active.package.identity == package.identity:
             self._leave()
 
-    def infer(self, package: OverlayPackage, items: Items, deadline: float | None) -> Items:
-        """Send int8 [n, in elements], get int8 [n, out elements]; `deadline` is monotonic.
+    def infer(
+        self, package: Package, items: Sequence[Bytes], deadline: float | None
+    ) -> tuple[Bytes, ...]:
+        """Send uint8 [n, item_bytes] per input, get the same per output; `deadline` is monotonic.
 
-        Raises DeadlineExceeded at the deadline, FabricSick when the DMA reports an error or a
+        Raises DeadlineExceeded at the deadline, FabricSick when a core reports an error or a
         transfer hangs; either way the fabric is set right before the next transfer, or by
         `recover`. The package must have been loaded.
         """
         self._settle()
         active = self._in_fabric(package)
-        wire = package.outputs[0].wire
-        results = np.empty((len(items), wire.elements), np.int8)
-        for start in range(0, len(items), active.chunk):
-            stop = min(start + active.chunk, len(items))
-            self._transfer(active, items[start:stop], results[start:stop], deadline)
+        count = len(items[0])
+        results = tuple(np.empty((count, slot.item_bytes), np.uint8) for slot in active.receives)
+        for start in range(0, count, active.chunk):
+            part = slice(start, min(start + active.chunk, count))
+            self._transfer(
+                active, [one[part] for one in items], [r[part] for r in results], deadline
+            )
         return results
 
     def recover(self) -> None:
@@ -179,40 +179,40 @@ class FabricDriver:
         if package is not None:
             self._in_fabric(package)
 
-    def _in_fabric(self, package: OverlayPackage) -> _Active:
+    def _in_fabric(self, package: Package) -> _Active:
         try:
             return self._activate(package)
         except LoadError as error:
             raise FabricSick(str(error)) from error
 
     def _transfer(
-        self, active: _Active, items: Items, results: Items, deadline: float | None
+        self, active: _Active, items: list[Bytes], results: list[Bytes], deadline: float | None
     ) -> None:
-        if deadline is not None and self._monotonic() >= deadline:
-            raise DeadlineExceeded("the deadline passed before the transfer started")
         started = self._monotonic()
-        send, receive = active.send, active.receive
-        send[: items.size] = items.reshape(-1)
+        if deadline is not None and started >= deadline:
+            raise DeadlineExceeded("the deadline passed before the transfer started")
+        count = len(items[0])
+        for slot, part in zip(active.sends, items, strict=True):
+            nbytes = part.size
+            slot.view[:nbytes] = part.reshape(-1)
+            slot.flush(nbytes)
         try:
-            # Receive first: the core may answer before the send call returns.
-            active.dma.recvchannel.transfer(receive, nbytes=results.size)
-            active.dma.sendchannel.transfer(send, nbytes=items.size)
+            active.engine.begin(count)
+            self._unfinished = started
+            self._wait(active, started, deadline)
+            active.engine.check(count)
+        except FabricSick:
+            self._broken = True
+            raise
         except _PYNQ_ERRORS as error:
             self._broken = True
-            raise FabricSick(f"{active.package.dma}: transfer refused ({error})") from error
-        self._unfinished = started
-        self._wait(active, started, deadline)
-        moved = active.registers.read(_RECEIVE + _LENGTH)
-        if moved != results.size:
-            self._broken = True
-            raise FabricSick(
-                f"{active.package.name}: the core gave {moved} bytes, {results.size} were "
-                "expected; the package does not describe this bitstream"
-            )
+            raise FabricSick(f"{active.package.name}: transfer refused ({error})") from error
         self._unfinished = None
         self._transfers += 1
-        receive.invalidate()
-        results.reshape(-1)[:] = receive[: results.size]
+        for slot, into in zip(active.receives, results, strict=True):
+            nbytes = into.size
+            slot.invalidate(nbytes)
+            into.reshape(-1)[:] = slot.view[:nbytes]
 
     def _wait(self, active: _Active, started: float, deadline: float | None) -> None:
         while not self._finished(active):
@@ -220,9 +220,10 @@ class FabricDriver:
             if now - started >= self._hang_after:
                 self._hangs += 1
                 self._broken = True
+                detail = active.engine.diagnosis()
                 raise FabricSick(
-                    f"{active.package.name}: no end of the transfer after {self._hang_after} s; "
-                    "the fabric is being reset"
+                    f"{active.package.name}: no end of the transfer after {self._hang_after} s"
+                    f"{f' ({detail})' if detail else ''}; the fabric is being reset"
                 )
             if deadline is not None and now >= deadline:
                 raise DeadlineExceeded(
@@ -232,13 +233,12 @@ class FabricDriver:
                 time.sleep(_NAP_SECONDS)
 
     def _finished(self, active: _Active) -> bool:
-        status = [active.registers.read(base + _STATUS) for base in (_SEND, _RECEIVE)]
-        for direction, value in zip(("send", "receive"), status, strict=True):
-            if names := decode_errors(value):
-                self._dma_errors += 1
-                self._broken = True
-                raise FabricSick(f"{active.package.dma} ({direction}): {names}")
-        return all(value & _IDLE for value in status)
+        try:
+            return active.engine.finished()
+        except FabricSick:
+            self._dma_errors += 1
+            self._broken = True
+            raise
 
     def _settle(self) -> None:
         """Wait for an abandoned transfer as long as it may take, then empty what still hangs.
@@ -246,27 +246,47 @@ class FabricDriver:
         Whatever is used next is downloaded, since a reset of the DMA does not reach the core.
         """
         active, started = self._active, self._unfinished
-        if active is not None and started is not None and not self._broken:
+        if active is not None and self._foreign():
+            # Not even the reset: there may be nothing at these addresses any more.
+            self._leave()
+        elif active is not None and started is not None and not self._broken:
             try:
                 self._wait(active, started, None)
             except FabricSick as error:
                 _LOG.warning("%s", error)
         broken, self._broken, self._unfinished = self._broken, False, None
-        if active is not None and broken:
+        if self._active is not None and broken:
+            # A core must not write into buffers that are about to be given back.
             try:
-                # The DMA must not write into buffers that are about to be given back.
-                self._reset(active.registers)
-            except FabricSick as error:
+                quiet = self._active.engine.stop()
+            except (FabricSick, BackendUnavailable, *_PYNQ_ERRORS) as error:
                 _LOG.warning("%s", error)
-            self._leave()
+                quiet = False
+            self._leave(quiet)
 
-    def _leave(self) -> None:
+    def _foreign(self) -> bool:
+        """Whether another process has configured the fabric since we did."""
+        if self._state is None or self._mark == _mark_of(self._state):
+            return False
+        self._replaced += 1
+        _LOG.warning("another process has configured the fabric; ours is downloaded again")
+        return True
+
+    def _leave(self, quiet: bool = True) -> None:
         active, self._active = self._active, None
         if active is not None:
-            active.send.freebuffer()
-            active.receive.freebuffer()
+            self._parked += active.buffers
+            # Views keep nothing alive: pynq gives memory back when it is told to.
+            active.sends = active.receives = ()
+            if quiet:
+                self._free_parked()
 
-    def _activate(self, package: OverlayPackage) -> _Active:
+    def _free_parked(self) -> None:
+        parked, self._parked = self._parked, []
+        for buffer in parked:
+            buffer.freebuffer()
+
+    def _activate(self, package: Package) -> _Active:
         if self._active is not None and self._active.package.identity == package.identity:
             return self._active
         limit = self._limits.get(package.identity)
@@ -278,38 +298,71 @@ class FabricDriver:
         except _PYNQ_ERRORS as error:
             self._overlays.pop(package.identity, None)
             raise LoadError(f"{package.bit}: the fabric did not take it ({error})") from error
+        if self._active.engine.warm_up:
+            self._discard_one(self._active)
         return self._active
 
-    def _download(self, package: OverlayPackage, limit: int) -> _Active:
-        from pynq import MMIO, Overlay, allocate
+    def _discard_one(self, active: _Active) -> None:
+        items = [np.zeros((1, slot.item_bytes), np.uint8) for slot in active.sends]
+        results = [np.empty((1, slot.item_bytes), np.uint8) for slot in active.receives]
+        self._transfer(active, items, results, None)
 
-        overlay = self._overlays.get(package.identity)
-        if overlay is None:
+    def _download(self, package: Package, limit: int) -> _Active:
+        from pynq import Overlay
+
+        known = self._overlays.get(package.identity)
+        if known is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 overlay = Overlay(str(package.bit), download=False, device=self._device)
-            self._overlays[package.identity] = overlay
+            known = (overlay, read_hardware(package.hwh))
+            self._overlays[package.identity] = known
+        overlay, hardware = known
         set_frequencies(overlay.clock_dict, package.clock_mhz)
         overlay.download()
         self._reconfigurations += 1
+        self._mark = _mark_of(self._state)
+        # Whatever ran in the fabric before is gone, and with it who could write there.
+        self._free_parked()
         self._check_clock(package)
-        cell = overlay.ip_dict[package.dma]
-        registers = MMIO(cell["phys_addr"], 0x1000, device=self._device)
-        # pynq's channel start spins until the DMA runs: make sure that it does before it looks.
-        self._reset(registers)
-        self._run(registers)
-        dma = overlay
-        for name in package.dma.split("/"):
-            dma = getattr(dma, name)
-        dma.sendchannel.start()
-        dma.recvchannel.start()
-        item_in, item_out = package.inputs[0].wire.item_bytes, package.outputs[0].wire.item_bytes
-        chunk = min(package.max_batch, limit // max(item_in, item_out))
-        send = allocate((chunk * item_in,), dtype=np.int8, target=self._device)
-        receive = allocate((chunk * item_out,), dtype=np.int8, target=self._device)
-        return _Active(package, dma, registers, chunk, send, receive)
+        return self._arrange(package, hardware, limit)
 
-    def _check_clock(self, package: OverlayPackage) -> None:
+    def _arrange(self, package: Package, hardware: Hardware, limit: int) -> _Active:
+        from pynq import allocate
+
+        buffers: list[Any] = []
+
+        def obtain(nbytes: int) -> Any:
+            buffer = allocate((nbytes,), dtype=np.uint8, target=self._device)
+            buffers.append(buffer)
+            return buffer
+
+        ports = (*package.inputs, *package.outputs)
+        widest = max(port.wire.item_bytes for port in ports)
+        chunk = max(1, min(package.max_batch, limit // widest))
+        least = _PROGRAM_PACKET if isinstance(package.transport, RtlStream) else 0
+        try:
+            sends, receives = (
+                tuple(
+                    Slot.over(
+                        obtain(max(chunk * port.wire.item_bytes, least)), port.wire.item_bytes
+                    )
+                    for port in side
+                )
+                for side in (package.inputs, package.outputs)
+            )
+            place = Workplace(
+                self._device, hardware, package, sends, receives, obtain, self._monotonic
+            )
+            engine = open_engine(place)
+            engine.prepare()
+        except BaseException:
+            for buffer in buffers:
+                buffer.freebuffer()
+            raise
+        return _Active(package, engine, chunk, sends, receives, buffers)
+
+    def _check_clock(self, package: Package) -> None:
         from pynq import Clocks
 
         if abs(Clocks.fclk0_mhz - package.clock_mhz) > CLOCK_TOLERANCE * package.clock_mhz:
@@ -320,25 +373,40 @@ class FabricDriver:
                 f"PL clock 0 runs at {runs} MHz, the overlay is for {package.clock_mhz} MHz"
             )
 
-    def _reset(self, registers: Any) -> None:
-        registers.write(_SEND + _CONTROL, _RESET)
-        self._until(
-            lambda: not registers.read(_SEND + _CONTROL) & _RESET, "the DMA does not end its reset"
-        )
 
-    def _run(self, registers: Any) -> None:
-        for base in (_SEND, _RECEIVE):
-            registers.write(base + _CONTROL, _RUN)
-        self._until(
-            lambda: not any(registers.read(b + _STATUS) & _HALTED for b in (_SEND, _RECEIVE)),
-            "the DMA does not start",
-        )
+def _state_file(device: Any) -> Path | None:
+    """Where pynq notes, for all processes, what the fabric was configured with last."""
+    own = getattr(device, "state_file", None)
+    if own is not None:
+        return Path(own)
+    try:
+        import pynq.pl_server.global_state as global_state
+    except ImportError:  # before pynq 3
+        return None
+    return Path(global_state.__file__).parent / "global_pl_state_.json"
 
-    def _until(self, condition: Callable[[], bool], otherwise: str) -> None:
-        end = self._monotonic() + _REGISTER_SECONDS
-        while not condition():
-            if self._monotonic() >= end:
-                raise FabricSick(otherwise)
+
+def _mark_of(state: Path | None) -> tuple[int, int] | None:
+    if state is None:
+        return None
+    try:
+        status = state.stat()
+    except OSError:
+        return None
+    return (status.st_ino, status.st_mtime_ns)
+
+
+def cma_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Contiguous memory of this machine in bytes, None where the kernel does not say."""
+    try:
+        text = meminfo.read_text("ascii", "replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("CmaTotal:"):
+            kib = line.split()[1]
+            return int(kib) * 1024 or None if kib.isdecimal() else None
+    return None
 
 
 def set_frequencies(clocks: dict[int, dict[str, Any]], clock_mhz: float) -> None:
@@ -350,7 +418,7 @@ def set_frequencies(clocks: dict[int, dict[str, Any]], clock_mhz: float) -> None
         if index == 0:
             clock["frequency"] = clock_mhz
         elif clock.get("frequency") is None:
-            # Nothing of a stream package hangs on the other clocks; pynq's default does.
+            # Nothing of a package hangs on the other clocks; pynq's default does.
             clock["frequency"] = 100.0
 
 

@@ -2,14 +2,15 @@
 
 A frame is a prefix (magic, header size, payload size: little-endian), a JSON header and the raw
 little-endian bytes of its tensors, in the order the header lists them. Requests carry "op", and
-every request gets one answer: "ok" true, or false with "code" and "message". Tensors are in wire
-format (see `package.WireFormat`); moving them into shared memory later changes only this module.
+every request gets one answer: "ok" true, or false with "code" and "message". Tensors of infer are
+items in wire format, uint8 [n, bytes per item] (see `package.Port`); moving them into shared memory
+later changes only this module. `kind`, `inputs` and `outputs` are those of model.json (or null).
 
 ======== ===================================== ========================================
 op       request                               answer
 ======== ===================================== ========================================
 hello    client (an id shared by connections)  protocol, status
-load     directory                             handle
+load     directory, kind, inputs, outputs      handle
 infer    handle, deadlineMs (or null), tensors tensors
 unload   handle                                -
 status   -                                     status
@@ -36,7 +37,8 @@ from ..errors import (
     InvalidTensor,
     LoadError,
 )
-from ..tensors import Array
+from ..tensors import NUMPY_DTYPES, Array, TensorSpec
+from .package import Signature
 
 PROTOCOL_VERSION = 1
 MAGIC = b"GLF1"
@@ -46,6 +48,7 @@ _PREFIX = struct.Struct("<4sII")
 PREFIX_SIZE = _PREFIX.size
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int8", "uint8", "float32")}
 _MAX_DIMENSIONS = 8
+_MAX_RANK = 16
 
 
 class ProtocolError(ValueError):
@@ -155,6 +158,38 @@ def raise_for(header: Mapping[str, Any]) -> None:
     if header.get("ok") is not True:
         kind = _CODES.get(str(header.get("code")), BackendError)
         raise kind(str(header.get("message", "the fabric process gave no reason")))
+
+
+def signature_header(signature: Signature) -> dict[str, Any]:
+    """Fields of a load request that carry `signature`."""
+
+    def listed(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]
+
+    return {"inputs": listed(signature.inputs), "outputs": listed(signature.outputs)}
+
+
+def signature_in(header: Mapping[str, Any]) -> Signature:
+    """The signature a load request carries. Raises LoadError."""
+    sides = []
+    for side in ("inputs", "outputs"):
+        specs = []
+        for entry in header.get(side) or ():
+            name, datatype, shape = (
+                entry.get(field) if isinstance(entry, dict) else None
+                for field in ("name", "datatype", "shape")
+            )
+            if (
+                not isinstance(name, str)
+                or datatype not in NUMPY_DTYPES
+                or not isinstance(shape, list)
+                or len(shape) > _MAX_RANK
+                or not all(type(size) is int and -1 <= size <= PAYLOAD_LIMIT for size in shape)
+            ):
+                raise LoadError(f"load: {side} must list name, datatype and shape")
+            specs.append(TensorSpec(name, str(datatype), tuple(shape)))
+        sides.append(tuple(specs))
+    return Signature(*sides)
 
 
 def send_frame(

@@ -29,8 +29,10 @@ from ..errors import (
 )
 from ..tensors import Array
 from .board import Board
-from .driver import FabricDriver, Items
-from .package import OverlayPackage, read_package
+from .driver import FabricDriver
+from .package import Package
+from .packages import probe
+from .packing import Bytes
 from .protocol import (
     PROTOCOL_VERSION,
     Frame,
@@ -39,6 +41,7 @@ from .protocol import (
     error_header,
     receive_frame,
     send_frame,
+    signature_in,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ class _Client:
     """One scoring process: its connections, and the packages it loaded, by handle."""
 
     connections: int = 0
-    packages: dict[str, OverlayPackage] = field(default_factory=dict)
+    packages: dict[str, Package] = field(default_factory=dict)
 
 
 class FabricServer:
@@ -293,7 +296,10 @@ class FabricServer:
         directory = frame.header.get("directory")
         if not isinstance(directory, str) or not Path(directory).is_absolute():
             raise LoadError("load needs the absolute path of a package directory")
-        package = read_package(Path(directory))
+        kind = frame.header.get("kind")
+        package = probe(
+            Path(directory), signature_in(frame.header), kind if isinstance(kind, str) else None
+        )
 
         def work() -> Answer:
             self._driver.load(package)
@@ -315,9 +321,9 @@ class FabricServer:
         self._requests += 1
 
         def work() -> Answer:
-            return {"ok": True}, {
-                package.outputs[0].spec.name: self._driver.infer(package, items, deadline)
-            }
+            results = self._driver.infer(package, items, deadline)
+            names = (port.spec.name for port in package.outputs)
+            return {"ok": True}, dict(zip(names, results, strict=True))
 
         return self._run(work, deadline)
 
@@ -353,14 +359,19 @@ def _deadline(header: Mapping[str, Any], now: float) -> float | None:
     return now + milliseconds / 1000
 
 
-def _items(package: OverlayPackage, tensors: Mapping[str, Array]) -> Items:
-    port = package.inputs[0]
-    tensor = tensors.get(port.spec.name)
-    if tensor is None or len(tensors) != 1:
-        raise InvalidTensor(f"{package.name} takes one tensor, {port.spec.name}")
-    if tensor.dtype != np.int8 or tensor.ndim != 2 or tensor.shape[1] != port.wire.elements:
-        raise InvalidTensor(
-            f"{port.spec.name} must be int8 [n, {port.wire.elements}] on the wire, not "
-            f"{tensor.dtype} {list(tensor.shape)}"
-        )
-    return tensor.astype(np.int8, copy=False)
+def _items(package: Package, tensors: Mapping[str, Array]) -> list[Bytes]:
+    if set(tensors) != {port.spec.name for port in package.inputs}:
+        names = ", ".join(port.spec.name for port in package.inputs)
+        raise InvalidTensor(f"{package.name} takes {names}")
+    items = []
+    for port in package.inputs:
+        tensor, size = tensors[port.spec.name], port.wire.item_bytes
+        if tensor.dtype != np.uint8 or tensor.ndim != 2 or tensor.shape[1] != size:
+            raise InvalidTensor(
+                f"{port.spec.name} must be uint8 [n, {size}] on the wire, not "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+        items.append(tensor.view(np.uint8))
+    if len({len(item) for item in items}) != 1:
+        raise InvalidTensor(f"{package.name}: inputs have unequal numbers of items")
+    return items

@@ -156,7 +156,10 @@ class Loaded:
         )
 
     def _open(self, backend: Backend, variant: Variant) -> Member:
-        session = backend.load(self.directory, variant, LoadOptions(threads=self.options.threads))
+        options = LoadOptions(
+            threads=self.options.threads, inputs=self.model.inputs, outputs=self.model.outputs
+        )
+        session = backend.load(self.directory, variant, options)
         try:
             check_signature(self.model, variant, session)
         except InstanceRefused:

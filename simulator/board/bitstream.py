@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ...accelerators.fpga.bitfile import Bitfile, encode_bitfile
-from ...accelerators.fpga.package import OVERLAY_JSON, OverlayPackage, read_package
+from ...accelerators.fpga.package import Package
+from ...accelerators.fpga.packages.overlay_json import OVERLAY_JSON, read_overlay_json
 from ...accelerators.tensors import TensorSpec
 from .handoff import StreamDesign, encode_handoff
 from .network import DenseLayer, encode_network
@@ -39,7 +40,7 @@ def write_overlay_package(
     output: TensorSpec,
     max_batch: int = 32,
     dma_length_width: int = 14,
-) -> OverlayPackage:
+) -> Package:
     """Write overlay.json, `name`.bit and `name`.hwh into `directory` (made if missing).
 
     `input` and `output` are FP32, [-1, ...], with as many elements per item as the first layer
@@ -81,7 +82,7 @@ def write_overlay_package(
         "outputs": [_port(output, last.output_scale, last.output_zero_point)],
     }
     (directory / OVERLAY_JSON).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    return read_package(directory)
+    return read_overlay_json(directory)
 
 
 def _port(spec: TensorSpec, scale: float, zero_point: int) -> dict[str, Any]:

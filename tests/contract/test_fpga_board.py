@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gatelet.accelerators.fpga.bitfile import Bitfile, encode_bitfile
-from gatelet.accelerators.fpga.package import OverlayPackage
+from gatelet.accelerators.fpga.package import Package
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
 from gatelet.simulator.board.boards import BOARDS, simulated_board
@@ -55,7 +55,7 @@ def board(pynq: Any) -> Iterator[Any]:
     assert device.memory.used == 0, "a buffer was not given back"
 
 
-def package(directory: Path, board: str = "pynq-z2", **options: Any) -> OverlayPackage:
+def package(directory: Path, board: str = "pynq-z2", **options: Any) -> Package:
     return write_overlay_package(
         directory,
         name="net",

@@ -27,7 +27,7 @@ from gatelet.accelerators.errors import (
 from gatelet.accelerators.fpga.backend import FpgaBackend, FpgaSession
 from gatelet.accelerators.fpga.client import FabricClient
 from gatelet.accelerators.fpga.driver import take_lock
-from gatelet.accelerators.fpga.package import read_package
+from gatelet.accelerators.fpga.packages.overlay_json import read_overlay_json
 from gatelet.accelerators.fpga.wire import dequantise, quantise
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
@@ -56,7 +56,7 @@ def batch(seed: int, count: int = 5) -> np.ndarray:
 
 
 def expected(directory: Path, seed: int, x: np.ndarray) -> np.ndarray:
-    package = read_package(directory)
+    package = read_overlay_json(directory)
     items = run_network(layers(seed), quantise(x, package.inputs[0].wire))
     return dequantise(items, package.outputs[0].wire, (-1, 6))
 

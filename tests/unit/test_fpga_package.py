@@ -18,7 +18,8 @@ from gatelet.accelerators.fpga.board import (
     detect_board,
     same_part,
 )
-from gatelet.accelerators.fpga.package import preflight, read_package
+from gatelet.accelerators.fpga.packages.overlay_json import read_overlay_json
+from gatelet.accelerators.fpga.preflight import preflight
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
 from hypothesis import given
@@ -52,8 +53,8 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def test_a_written_package_reads_back(tmp_path: Path) -> None:
-    package = read_package(write(tmp_path))
-    assert (package.name, package.board, package.dma) == ("tiny", "pynq-z2", "axi_dma_0")
+    package = read_overlay_json(write(tmp_path))
+    assert (package.name, package.board, package.transport.dma) == ("tiny", "pynq-z2", "axi_dma_0")
     assert package.inputs[0].spec == TensorSpec("x", "FP32", (-1, 2, 4))
     assert package.inputs[0].wire.zero_point == -3
     assert package.inputs[0].wire.scale == float(np.float32(0.1))
@@ -88,7 +89,7 @@ def test_packages_are_reproducible(tmp_path: Path) -> None:
 def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, Any], word: str) -> None:
     edit(write(tmp_path), **change)
     with pytest.raises(LoadError) as caught:
-        read_package(tmp_path)
+        read_overlay_json(tmp_path)
     assert word in str(caught.value)
 
 
@@ -102,18 +103,18 @@ def test_a_wrong_wire_format_is_named(tmp_path: Path, field: str, value: Any) ->
     document["inputs"][0]["wire"][field] = value
     edit(tmp_path, inputs=document["inputs"])
     with pytest.raises(LoadError, match=rf"inputs\[0\]\.wire\.{field}"):
-        read_package(tmp_path)
+        read_overlay_json(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
 def test_no_json_is_no_traceback(tmp_path: Path, text: str) -> None:
     (tmp_path / "overlay.json").write_text(text)
     with pytest.raises(LoadError):
-        read_package(tmp_path)
+        read_overlay_json(tmp_path)
 
 
 def test_a_changed_bitstream_is_refused(tmp_path: Path) -> None:
-    package = read_package(write(tmp_path))
+    package = read_overlay_json(write(tmp_path))
     content = bytearray(package.bit.read_bytes())
     content[-1] ^= 1
     package.bit.write_bytes(content)
@@ -124,7 +125,7 @@ def test_a_changed_bitstream_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_bitstream_for_another_part_names_both(tmp_path: Path) -> None:
-    package = read_package(write(tmp_path, part="xc7z010clg400-1"))
+    package = read_overlay_json(write(tmp_path, part="xc7z010clg400-1"))
     with pytest.raises(LoadError) as caught:
         preflight(package, Z2)
     assert "7z010clg400" in str(caught.value)
@@ -146,11 +147,11 @@ def test_an_item_longer_than_a_transfer_is_refused(tmp_path: Path) -> None:
 def test_a_missing_dma_is_named(tmp_path: Path) -> None:
     edit(write(tmp_path), dma="axi_dma_7")
     with pytest.raises(LoadError, match="no AXI DMA named axi_dma_7; it has axi_dma_0"):
-        preflight(read_package(tmp_path), Z2)
+        preflight(read_overlay_json(tmp_path), Z2)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    package = read_package(write(tmp_path))
+    package = read_overlay_json(write(tmp_path))
     package.hwh.unlink()
     with pytest.raises(LoadError, match=r"tiny\.hwh"):
         preflight(package, Z2)
@@ -179,7 +180,7 @@ def test_a_clock_the_design_was_not_built_for_names_both(tmp_path: Path) -> None
         directory = write(tmp_path / name, part=part)
         edit(directory, clockMhz=200)
         with pytest.raises(LoadError, match=r"200\.0 MHz .* 100\.0 MHz"):
-            preflight(read_package(directory), part)
+            preflight(read_overlay_json(directory), part)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""Reading what an unknown author wrote: bounded in size, depth and number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import LoadError
+from ..bitfile import parse_bitfile
+from ..handoff import Hardware, read_hardware
+
+BITSTREAM_LIMIT = 256 << 20
+WEIGHTS_LIMIT = 64 << 20
+TEXT_LIMIT = 4 << 20
+_ENTRY_LIMIT = 4096
+_DEPTH_LIMIT = 4
+_JSON_DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Bitstream:
+    """A .bit with its handoff, read: `part` from the header, `sha256` of the whole file."""
+
+    bit: Path
+    hwh: Path
+    part: str
+    sha256: str
+    size: int
+    hardware: Hardware
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes. Raises LoadError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise LoadError(f"{path}: {error.strerror or error}; the package is incomplete") from error
+    if len(content) > limit:
+        raise LoadError(f"{path}: larger than {limit} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """A UTF-8 file. Raises LoadError."""
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LoadError(f"{path}: byte {error.start} is not UTF-8") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded depth. Raises LoadError."""
+    text = read_text(path)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise LoadError(f"{path}: holds no JSON object")
+    return document
+
+
+def sha256_of(path: Path, limit: int = WEIGHTS_LIMIT) -> str:
+    return hashlib.sha256(read_bytes(path, limit)).hexdigest()
+
+
+def list_files(directory: Path) -> list[Path]:
+    """Files below `directory`, sorted; links are not followed. Raises LoadError."""
+    found: list[Path] = []
+    pending = [(directory, 0)]
+    seen = 0
+    while pending:
+        folder, depth = pending.pop()
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            raise LoadError(f"{folder}: {error.strerror}; expected a package directory") from error
+        for entry in entries:
+            seen += 1
+            if seen > _ENTRY_LIMIT:
+                raise LoadError(f"{directory}: more than {_ENTRY_LIMIT} entries; not a package")
+            if entry.is_symlink():
+                continue
+            if entry.is_dir():
+                if depth < _DEPTH_LIMIT:
+                    pending.append((entry, depth + 1))
+            else:
+                found.append(entry)
+    return sorted(found)
+
+
+def read_bitstream(directory: Path, files: list[Path], preferred: str | None = None) -> Bitstream:
+    """The one .bit of a package and the .hwh beside it. Raises LoadError."""
+    bits = [path for path in files if path.suffix == ".bit"]
+    if preferred is not None:
+        bits = [path for path in bits if path.name == preferred] or bits
+    if len(bits) != 1:
+        names = ", ".join(str(path.relative_to(directory)) for path in bits[:5])
+        raise LoadError(
+            f"{directory}: {'no .bit file' if not bits else f'several .bit files ({names})'}; "
+            "a package holds one bitstream"
+        )
+    bit = bits[0]
+    hwh = bit.with_suffix(".hwh")
+    if hwh not in files:
+        others = ", ".join(path.name for path in files if path.suffix == ".hwh")
+        raise LoadError(
+            f"{bit}: {hwh.name} is missing beside it"
+            + (f"; rename {others} to it" if others else "; copy it from the Vivado project")
+        )
+    content = read_bytes(bit, BITSTREAM_LIMIT)
+    return Bitstream(
+        bit, hwh, parse_bitfile(content, str(bit)).part,
+        hashlib.sha256(content).hexdigest(), len(content), read_hardware(hwh),
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Moving items through a configured fabric: one engine per register map, all waits with an end.
+
+Written from PG021 and the register maps of FINN, hls4ml and BNN-PYNQ; not tried on a board.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import LoadError
+from ..handoff import Hardware
+from ..package import DmaStream, Package, RtlStream, StartedCores
+from ..protocol import FabricSick
+from .registers import Registers
+
+REGISTER_SECONDS = 0.1
+"""How long a core may take to follow a write to its control register."""
+
+
+class Engine(Protocol):
+    """Moves up to a chunk of items between buffers and the fabric. One transfer at a time."""
+
+    warm_up: bool
+    """Whether one transfer has to be made and thrown away before results count."""
+
+    def prepare(self) -> None:
+        """Bring the cores from configuration to rest. Raises FabricSick, LoadError."""
+
+    def begin(self, count: int) -> None:
+        """Start moving `count` items; the input buffers are flushed. Raises FabricSick."""
+
+    def finished(self) -> bool:
+        """Whether all is done. Raises FabricSick with the name of the error."""
+
+    def check(self, count: int) -> None:
+        """Raise FabricSick when another number of bytes came than `count` items have."""
+
+    def stop(self) -> bool:
+        """Stop a transfer; True when the cores certainly touch no memory any more."""
+
+    def diagnosis(self) -> str:
+        """What the cores say about themselves after something went wrong; may be empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A buffer of the fabric: its address, bytes per item, and its memory as plain uint8."""
+
+    address: int
+    item_bytes: int
+    buffer: Any
+    view: npt.NDArray[np.uint8]
+    virtual: int
+
+    @classmethod
+    def over(cls, buffer: Any, item_bytes: int) -> Slot:
+        return cls(
+            int(buffer.device_address), item_bytes, buffer, buffer.view(np.ndarray),
+            int(buffer.virtual_address),
+        )  # fmt: skip
+
+    def flush(self, nbytes: int) -> None:
+        """CPU to memory, of the part that is used: on a Zynq the time goes with the size."""
+        buffer = self.buffer
+        if not buffer.coherent:
+            buffer.device.flush(buffer.bo, buffer.offset, self.virtual, nbytes)
+
+    def invalidate(self, nbytes: int) -> None:
+        """Memory to CPU, of the part that is used."""
+        buffer = self.buffer
+        if not buffer.coherent:
+            buffer.device.invalidate(buffer.bo, buffer.offset, self.virtual, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What an engine works with. `allocate` gives further buffers that live as long as it."""
+
+    device: Any
+    hardware: Hardware
+    package: Package
+    sends: tuple[Slot, ...]
+    receives: tuple[Slot, ...]
+    allocate: Callable[[int], Any]
+    monotonic: Callable[[], float]
+
+    def registers(self, name: str) -> Registers:
+        cell = self.hardware.addressed(name)
+        assert cell.base is not None
+        return Registers(self.device, cell.base, max(cell.size, 0x80))
+
+    def until(self, condition: Callable[[], bool], otherwise: str, seconds: float) -> None:
+        """Poll until `condition`. Raises FabricSick with `otherwise` after `seconds`."""
+        end = self.monotonic() + seconds
+        while not condition():
+            if self.monotonic() >= end:
+                raise FabricSick(otherwise)
+
+
+def open_engine(place: Workplace) -> Engine:
+    """The engine for a package's transport. Raises LoadError."""
+    from .axi_dma import AxiDmaEngine
+    from .started import StartedEngine
+
+    transport = place.package.transport
+    if isinstance(transport, DmaStream):
+        return AxiDmaEngine(place, transport.dma)
+    if isinstance(transport, StartedCores):
+        return StartedEngine(place, transport)
+    if isinstance(transport, RtlStream):
+        from .rtl_stream import RtlStreamEngine
+
+        return RtlStreamEngine(place, transport)
+    raise LoadError(f"{place.package.name}: packages of kind {place.package.kind} are not driven")
