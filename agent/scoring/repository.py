@@ -1,17 +1,22 @@
 """Triton's model repository, configuration and statistics extensions, read off the routing table.
 
-What is served is the deployment's to say, so loading and unloading succeed only where they ask for
-what already is.
+What is served is the deployment's to say: loading and unloading only move its models into memory
+and out of it, where there is a memory budget, and succeed otherwise where they ask for what is.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...accelerators.errors import BackendError
 from .dataplane import DataPlane
 from .errors import Code, ScoringError
 from .instances import Instance
+from .residency import BudgetedSession
+
+_LOAD_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +71,41 @@ def load(plane: DataPlane, name: str, parameters: bool) -> None:
         raise ScoringError(
             Code.UNAVAILABLE, f"model {name!r} is deployed, but no backend can answer now"
         )
+    deadline = time.monotonic() + _LOAD_SECONDS
+    for session in _budgeted(plane, name):
+        try:
+            session.warm(deadline)
+        except BackendError as error:
+            raise ScoringError(
+                Code.UNAVAILABLE, f"model {name!r} cannot be loaded now: {error}"
+            ) from error
 
 
 def unload(plane: DataPlane, name: str) -> None:
-    """Raises ScoringError unless the model is not served anyway."""
+    """Take the model out of memory until the next request for it, where memory is budgeted.
+
+    Raises ScoringError when it is answering a request, or is served without a budget.
+    """
+    sessions = _budgeted(plane, name)
+    if sessions:
+        # All of them: those that are busy must not keep the others in memory.
+        if [session for session in sessions if not session.cool()]:
+            raise ScoringError(
+                Code.UNAVAILABLE, f"model {name!r} is answering a request; try again", 0.1
+            )
+        return
     if name in plane.table.routes:
         raise ScoringError(
             Code.UNAVAILABLE,
             f"model {name!r} cannot be unloaded: the deployment names it; remove its module from "
             "the deployment manifest",
         )
+
+
+def _budgeted(plane: DataPlane, name: str) -> list[BudgetedSession]:
+    route = plane.table.routes.get(name)
+    if route is None:
+        return []
+    instances = dict.fromkeys(target.instance for target in route.targets)
+    sessions = (member.session for instance in instances for member in instance.members)
+    return [session for session in sessions if isinstance(session, BudgetedSession)]
