@@ -23,7 +23,6 @@ from ...agent.clock import Clock
 from .access import AccessList, Grant, identify
 from .connection import Accepted, Connection, Limits, Refused
 from .packets import (
-    NO_PROPERTIES,
     V5,
     Connect,
     Disconnect,
@@ -33,13 +32,16 @@ from .packets import (
     Subscribe,
     Unsubscribe,
 )
-from .retained import RetainedMessages
+from .router import Router
 from .session import NEVER, Session, expiry_seconds, session_expiry
-from .store import Store
-from .subscriptions import Entry, SubscriptionTree
-from .topics import split_shared, topic_problem
+from .store import Store, StoreUnreadable
+from .subscriptions import Entry
+from .topics import topic_problem
 from .websocket import WebsocketListener
 from .wills import Wills
+
+_MOST_LEVELS = 200
+_CLOSE_SECONDS = 2.0
 
 
 class Broker:
@@ -91,11 +93,10 @@ class Broker:
         self._live: dict[str, Connection] = {}
         self._sessions: dict[str, Session] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}
-        self._wills = Wills(lambda publish: self._route(publish, None))
-        self._tree = SubscriptionTree()
-        self._retained = RetainedMessages()
-        self._turn = 0
+        self._wills = Wills(lambda publish: self._router.route(publish, None))
+        self._router = Router(self._live)
         self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def port(self) -> int:
@@ -116,17 +117,27 @@ class Broker:
     @property
     def retained(self) -> dict[str, bytes]:
         """Payloads of the retained messages by topic."""
-        return self._retained.payloads
+        now = 0.0 if self._loop is None else self._loop.time()
+        return self._router.retained.payloads(now)
 
     async def start(self) -> None:
-        """Raises OSError when the address cannot be had, StoreUnreadable for a bad folder."""
+        """Raises OSError when the address cannot be had, StoreUnreadable for a bad folder; what is
+        in it stays as it is.
+        """
         self._stopping = False
+        self._loop = loop = asyncio.get_running_loop()
         if self._folder is not None and self._store is None:
-            loop = asyncio.get_running_loop()
-            self._store = store = Store(
-                self._folder, self._clock, lambda: loop.call_soon(store.commit)
-            )
-            self._restore(store)
+            store = Store(self._folder, self._clock, lambda: loop.call_soon(store.commit))
+            try:
+                self._restore(store)
+            except StoreUnreadable:
+                store.abandon()
+                self._forget()
+                raise
+            self._store = self._router.store = store
+        for client_id, session in self._sessions.items():
+            if client_id not in self._live and client_id not in self._expiries:
+                self._expire_after(session, session.expiry_interval)
         await self.resume()
 
     async def stop(self) -> None:
@@ -142,16 +153,16 @@ class Broker:
         if self._websockets is not None:
             await self._websockets.stop()
         if server is not None:
-            await server.wait_closed()
-        for timer in self._expiries.values():
-            timer.cancel()
-        self._expiries.clear()
+            # From Python 3.12 this also waits for connections that are still shaking hands.
+            closed = asyncio.ensure_future(server.wait_closed())
+            await asyncio.wait({closed}, timeout=_CLOSE_SECONDS)
+            closed.cancel()
         self._wills.clear()
+        self._cancel_expiries()
         if self._store is not None:
             self._store.close()
             self._store = None
-            self._sessions.clear()
-            self._tree = SubscriptionTree()
+            self._forget()
 
     async def pause(self) -> None:
         """Stop listening; connections stay (`drop_connections` cuts them)."""
@@ -180,11 +191,14 @@ class Broker:
         """Publish as the broker itself. Raises ValueError for an invalid topic."""
         if problem := topic_problem(topic):
             raise ValueError(f"cannot publish to {topic!r}: {problem}")
-        self._route(Publish(topic, payload, qos, retain), None)
+        self._router.route(Publish(topic, payload, qos, retain), None)
 
     # Handler
 
     async def on_connect(self, connection: Connection, connect: Connect) -> Accepted | Refused:
+        if self._stopping:
+            # It was still shaking hands when the others were told.
+            return Refused(ReasonCode.SERVER_SHUTTING_DOWN, "the broker is stopping")
         user = identify(self._users, connection.peer_certificate, connect)
         if isinstance(user, Refused):
             return user
@@ -233,7 +247,7 @@ class Broker:
         if not self._may_publish(connection.tag, connection.client_id, publish.topic):
             # 3.1.1 has no way to say so: it is acknowledged and dropped [3.1.1 MQTT-3.3.5-2].
             return ReasonCode.NOT_AUTHORIZED
-        receivers = self._route(publish, connection.session)
+        receivers = self._router.route(publish, connection.session)
         if not receivers and publish.qos and connection.version == V5:
             return ReasonCode.NO_MATCHING_SUBSCRIBERS
         return ReasonCode.SUCCESS
@@ -244,17 +258,21 @@ class Broker:
         identifiers = subscribe.properties.subscription_identifiers
         codes: list[int] = []
         for wanted in subscribe.subscriptions:
+            if wanted.topic_filter.count("/") >= _MOST_LEVELS:
+                # Each level is a place in the tree: a short packet could take all memory.
+                codes.append(ReasonCode.QUOTA_EXCEEDED)
+                continue
             if not self._may_subscribe(session, wanted.topic_filter):
                 codes.append(ReasonCode.NOT_AUTHORIZED)
                 continue
             granted = replace(wanted, qos=min(wanted.qos, self._limits.maximum_qos))
             entry = Entry(session, granted, identifiers[0] if identifiers else None)
-            is_new = self._tree.add(entry)
+            is_new = self._router.tree.add(entry)
             session.subscriptions[granted.topic_filter] = granted
             if self._store is not None and session.expiry_interval:
                 self._store.subscribe(session.client_id, granted, entry.identifier)
             if granted.retain_handling == 0 or (granted.retain_handling == 1 and is_new):
-                self._send_retained(entry)
+                self._router.send_retained(entry)
             codes.append(granted.qos)
         return codes
 
@@ -268,7 +286,7 @@ class Broker:
             session.subscriptions.pop(topic_filter, None)
             if self._store is not None:
                 self._store.unsubscribe(session.client_id, topic_filter)
-            found = self._tree.remove(session.client_id, topic_filter)
+            found = self._router.tree.remove(session.client_id, topic_filter)
             codes.append(ReasonCode.SUCCESS if found else ReasonCode.NO_SUBSCRIPTION_EXISTED)
         return codes
 
@@ -301,8 +319,19 @@ class Broker:
         before_write = None if self._store is None else self._store.commit
         return Connection(self, self._limits, self._connections, before_write)
 
+    def _cancel_expiries(self) -> None:
+        for timer in self._expiries.values():
+            timer.cancel()
+        self._expiries.clear()
+
+    def _forget(self) -> None:
+        """What a store has, or was to give."""
+        self._cancel_expiries()
+        self._sessions.clear()
+        self._router.clear()
+
     def _restore(self, store: Store) -> None:
-        self._retained.restore(store.retained())
+        self._router.retained.restore(store.retained())
         self._sessions.clear()
         for stored in store.sessions():
             left = stored.expiry_interval - stored.left_for
@@ -313,7 +342,7 @@ class Broker:
             for topic_filter, (subscription, identifier) in stored.subscriptions.items():
                 # What is not granted any more ends with the broker that granted it.
                 if self._may_subscribe(session, topic_filter):
-                    self._tree.add(Entry(session, subscription, identifier))
+                    self._router.tree.add(Entry(session, subscription, identifier))
                 else:
                     del session.subscriptions[topic_filter]
                     store.unsubscribe(session.client_id, topic_filter)
@@ -327,56 +356,6 @@ class Broker:
             session.owner, session.client_id, topic_filter
         )
 
-    def _route(self, publish: Publish, origin: Session | None) -> int:
-        """Keep and hand out a message; how many sessions it goes to."""
-        if publish.retain:
-            publish = replace(publish, dup=False, packet_id=0)
-            kept = self._retained.keep(publish, asyncio.get_running_loop().time())
-            if self._store is not None:
-                self._store.retain(publish.topic, kept)
-        plain, groups = self._tree.match(publish.topic)
-        by_session: dict[str, list[Entry]] = {}
-        for entry in plain:
-            if not (entry.subscription.no_local and entry.session is origin):
-                by_session.setdefault(entry.session.client_id, []).append(entry)
-        for entries in by_session.values():
-            self._deliver(publish, entries)
-        for members in groups:
-            self._deliver(publish, [self._next_member(members)])
-        return len(by_session) + len(groups)
-
-    def _next_member(self, members: Mapping[str, Entry]) -> Entry:
-        """Round robin, connected members first [MQTT-4.8.2]."""
-        self._turn += 1
-        awake = [entry for client_id, entry in members.items() if client_id in self._live]
-        candidates = awake or list(members.values())
-        return candidates[self._turn % len(candidates)]
-
-    def _deliver(self, publish: Publish, entries: Sequence[Entry], retained: bool = False) -> None:
-        """One copy for all matching subscriptions of a session, with their highest QoS."""
-        session = entries[0].session
-        qos = min(publish.qos, max(entry.subscription.qos for entry in entries))
-        as_published = any(entry.subscription.retain_as_published for entry in entries)
-        identifiers = tuple(e.identifier for e in entries if e.identifier is not None)
-        properties = publish.properties
-        if identifiers or properties is not NO_PROPERTIES:
-            properties = replace(properties, subscription_identifiers=identifiers)
-        retain = retained or (publish.retain and as_published)
-        copy = Publish(publish.topic, publish.payload, qos, retain, False, 0, properties)
-        connection = self._live.get(session.client_id)
-        # A connection that ended and was not cleared away yet takes nothing any more.
-        if connection is not None and connection.session is session and connection.is_open:
-            connection.publish(copy)
-        elif qos:
-            session.enqueue(copy, asyncio.get_running_loop().time())
-
-    def _send_retained(self, entry: Entry) -> None:
-        share, topic_filter = split_shared(entry.subscription.topic_filter)
-        if share:
-            return
-        for publish in self._retained.matching(topic_filter, asyncio.get_running_loop().time()):
-            self._deliver(publish, [entry], retained=True)
-
     def _expire_after(self, session: Session, seconds: float) -> None:
         if seconds != NEVER:
             self._expiries[session.client_id] = asyncio.get_running_loop().call_later(
@@ -389,7 +368,7 @@ class Broker:
 
     def _end_session(self, session: Session) -> None:
         for topic_filter in list(session.subscriptions):
-            self._tree.remove(session.client_id, topic_filter)
+            self._router.tree.remove(session.client_id, topic_filter)
         session.end()
         if self._store is not None:
             self._store.remove_session(session.client_id)

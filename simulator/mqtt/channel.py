@@ -42,6 +42,7 @@ class Channel(asyncio.Protocol):
         self._lost = False
         self._end_reason: str | None = None
         self._keepalive = 0.0
+        self._is_connected = False
         self._last_received = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -85,7 +86,9 @@ class Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._end_reason is not None:
             return
-        self._last_received = self._loop.time()
+        if self._is_connected:
+            # Until then the time to CONNECT runs, whatever dribbles in.
+            self._last_received = self._loop.time()
         try:
             self._inbox.extend(self._decoder.feed(data))
         except MalformedPacket as error:
@@ -99,7 +102,8 @@ class Channel(asyncio.Protocol):
         self._arrived.set()
 
     def eof_received(self) -> None:
-        return None
+        # The transport closes now, once its buffer is empty: never, if the client does not read.
+        self._abort_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -167,14 +171,26 @@ class Channel(asyncio.Protocol):
         self._write_out()
         if not self._transport.is_closing():
             self._transport.close()
-            # A client that does not read would keep a closing socket open for ever.
-            self._cancel_timer()
-            self._timer = self._loop.call_later(_CLOSE_SECONDS, self._transport.abort)
+        self._abort_later()
 
     def _silent(self) -> None:
         """Nothing arrived for `_keepalive` seconds."""
 
+    def _connected(self, keepalive: float) -> None:
+        """From now on something must arrive every `keepalive` seconds, 0 for never."""
+        self._is_connected = True
+        self._keepalive = keepalive
+        self._last_received = self._loop.time()
+        self._arm_timer()
+
+    def _abort_later(self) -> None:
+        """A client that does not read would keep a closing socket open for ever."""
+        self._cancel_timer()
+        self._timer = self._loop.call_later(_CLOSE_SECONDS, self._transport.abort)
+
     def _arm_timer(self) -> None:
+        if self._transport.is_closing():
+            return
         self._cancel_timer()
         if self._keepalive:
             due = self._last_received + self._keepalive
@@ -186,7 +202,7 @@ class Channel(asyncio.Protocol):
             self._timer = None
 
     def _on_timer(self) -> None:
-        if self._reading_paused:
+        if self._reading_paused and self._writable.is_set():
             # Our own slowness, not the client's silence.
             self._last_received = self._loop.time()
         if self._loop.time() - self._last_received < self._keepalive:

@@ -174,8 +174,10 @@ class Decoder:
         kind = first >> 4
         if kind == at.CONNECT:
             reader = Reader(body, "3.1")
-            self._version = _connect_version(reader)
-            return _read_connect(reader, self._version)
+            version = _connect_version(reader)
+            if self._version is None:
+                self._version = version
+            return _read_connect(reader, version)
         return _decode_body(first, body, self.version)
 
 

@@ -97,12 +97,12 @@ class Connection(Channel):
     def client_id(self) -> str:
         return self.session.client_id if self.session else self.connect.client_id
 
-    def publish(self, publish: Publish, done: Done | None = None) -> bool:
+    def publish(self, publish: Publish, done: Done | None = None, *, limited: bool = True) -> bool:
         """Send a message (packet_id is ours to choose) through the session's queue and window.
 
-        `done` learns the client's reason code when the handshake of the QoS ends, or None when
-        the message is dropped. Returns False when the connection is closed or the queue is full.
-        Raises ValueError for an invalid topic.
+        `limited`: see Session.enqueue. `done` learns the client's reason code when the handshake of
+        the QoS ends, or None when the message is dropped. Returns False when the connection is
+        closed or the queue is full. Raises ValueError for an invalid topic.
         """
         if problem := topic_problem(publish.topic):
             raise ValueError(f"cannot publish to {publish.topic!r}: {problem}")
@@ -118,7 +118,7 @@ class Connection(Channel):
             if done is not None:
                 done(0)
             return True
-        taken = session.enqueue(publish, self._loop.time(), done)
+        taken = session.enqueue(publish, self._loop.time(), done, limited=limited)
         self.flush()
         return taken
 
@@ -213,8 +213,7 @@ class Connection(Channel):
             raise _Refusal(decision.reason_code, decision.reason)
         properties = decision.properties
         keepalive = properties.server_keep_alive
-        self._keepalive = 1.5 * (packet.keepalive if keepalive is None else keepalive)
-        self._arm_timer()
+        self._connected(1.5 * (packet.keepalive if keepalive is None else keepalive))
         if packet.version == V5:
             properties = connack_properties(self._limits, properties)
             aliases = min(packet.properties.topic_alias_maximum or 0, _MOST_OUTBOUND_ALIASES)

@@ -24,9 +24,12 @@ class RetainedMessages:
     def __init__(self) -> None:
         self._by_topic: dict[str, Retained] = {}
 
-    @property
-    def payloads(self) -> dict[str, bytes]:
-        return {topic: kept.publish.payload for topic, kept in self._by_topic.items()}
+    def payloads(self, now: float) -> dict[str, bytes]:
+        return {
+            topic: kept.publish.payload
+            for topic, kept in self._by_topic.items()
+            if kept.expires_at > now
+        }
 
     def restore(self, kept: dict[str, Retained]) -> None:
         self._by_topic = kept

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol, TypeAlias
 
 from .packets import (
+    NO_PROPERTIES,
     V5,
     Connect,
     PubAck,
@@ -26,6 +27,8 @@ from .packets import (
 )
 
 NEVER: Final = math.inf
+_MESSAGE_BYTES: Final = 256
+_PAIR_BYTES: Final = 128
 
 Done: TypeAlias = Callable[["int | None"], None]
 """Told how a message ended: the client's reason code, or None when it was dropped undelivered."""
@@ -102,6 +105,7 @@ class Session:
         self._journal = journal
         self._queue_limit = queue_limit
         self._bytes_left = queue_bytes
+        self._earliest_expiry = NEVER  # of what waits; may be that of one that left
         self._queue: deque[_Outgoing] = deque()
         self._qos0: deque[_Outgoing] = deque()
         self._again: deque[int] = deque()
@@ -119,16 +123,26 @@ class Session:
         """Whether QoS 0 messages wait for the socket, so that a new one must wait behind them."""
         return bool(self._qos0)
 
-    def enqueue(self, publish: Publish, now: float, done: Done | None = None) -> bool:
-        """Queue a message; False (and counted in `dropped`) when the queue is full."""
-        size = len(publish.payload) + len(publish.topic)
+    def enqueue(
+        self, publish: Publish, now: float, done: Done | None = None, *, limited: bool = True
+    ) -> bool:
+        """Queue a message; False (and counted in `dropped`) when the queue is full.
+
+        Not `limited`: only the bytes count, not how many messages wait.
+        """
+        size = _size(publish)
         queue = self._queue if publish.qos else self._qos0
-        if len(queue) >= self._queue_limit or size > self._bytes_left:
+        limit = self._queue_limit if limited else math.inf
+        if (len(queue) >= limit or size > self._bytes_left) and self._earliest_expiry <= now:
+            self._drop_expired(now)
+            queue = self._queue if publish.qos else self._qos0
+        if len(queue) >= limit or size > self._bytes_left:
             self.dropped += 1
             return False
         expiry = publish.properties.message_expiry_interval
         expires_at = NEVER if expiry is None else now + expiry
         self._bytes_left -= size
+        self._earliest_expiry = min(self._earliest_expiry, expires_at)
         outgoing = _Outgoing(publish, expires_at, done)
         if self._journal is not None and publish.qos:
             outgoing.key = self._journal.queued(self.client_id, publish, expires_at)
@@ -138,12 +152,13 @@ class Session:
     def restore(self, publish: Publish, expires_at: float, key: int, received: bool) -> None:
         """Take a message from the journal; those that were sent (with packet_id) come first."""
         outgoing = _Outgoing(publish, expires_at, None, key, received=received)
-        self._bytes_left -= len(publish.payload) + len(publish.topic)
+        self._bytes_left -= _size(publish)
         if publish.packet_id:
             self._in_flight[publish.packet_id] = outgoing
             self._last_id = publish.packet_id
         else:
             self._queue.append(outgoing)
+            self._earliest_expiry = min(self._earliest_expiry, expires_at)
 
     def resume(self) -> None:
         """A new connection took the session: everything unfinished is to be sent again."""
@@ -216,6 +231,16 @@ class Session:
             self._drop(queue.popleft())
         return queue[0] if queue else None
 
+    def _drop_expired(self, now: float) -> None:
+        waiting = [*self._queue, *self._qos0]
+        self._queue = deque(one for one in self._queue if one.expires_at > now)
+        self._qos0 = deque(one for one in self._qos0 if one.expires_at > now)
+        left = (one.expires_at for one in waiting if one.expires_at > now)
+        self._earliest_expiry = min(left, default=NEVER)
+        for outgoing in waiting:
+            if outgoing.expires_at <= now:
+                self._drop(outgoing)
+
     def acknowledge(self, packet: PubAck | PubRec | PubComp) -> PubRel | None:
         """Take the client's answer; PUBREC is answered in turn, also an unknown one."""
         outgoing = self._in_flight.get(packet.packet_id)
@@ -285,13 +310,26 @@ class Session:
     def _free(self, outgoing: _Outgoing) -> None:
         if self._journal is not None and outgoing.publish.qos:
             self._journal.finished(outgoing.key)
-        self._bytes_left += len(outgoing.publish.payload) + len(outgoing.publish.topic)
+        self._bytes_left += _size(outgoing.publish)
 
     def _free_id(self) -> int:
         while True:
             self._last_id = self._last_id % 65_535 + 1
             if self._last_id not in self._in_flight:
                 return self._last_id
+
+
+def _size(publish: Publish) -> int:
+    """Bytes of memory that a waiting message takes, roughly."""
+    size = _MESSAGE_BYTES + len(publish.payload) + len(publish.topic)
+    properties = publish.properties
+    if properties is not NO_PROPERTIES:
+        pairs = sum(
+            _PAIR_BYTES + len(name) + len(value) for name, value in properties.user_properties
+        )
+        texts = (properties.content_type, properties.response_topic, properties.correlation_data)
+        size += pairs + sum(len(text) for text in texts if text)
+    return size
 
 
 def _ageing(publish: Publish, expires_at: float, now: float) -> Publish:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...agent.clock import Clock, SystemClock
-from .codec import decode, encode
-from .packets import V5, Publish, Subscription
+from .codec import MalformedPacket, decode, encode
+from .packets import V5, Publish, ReasonCode, Subscription
 from .retained import Retained
 from .session import NEVER, Session
 
@@ -89,7 +90,7 @@ class Store:
         self._on_change = on_change
         self._dirty = False
         self._sent = 0
-        path = folder / FILE_NAME
+        self._path = path = folder / FILE_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=1, isolation_level=None)
@@ -121,6 +122,13 @@ class Store:
         self.commit()
         self._db.close()
 
+    def abandon(self) -> None:
+        """Close it as it was found."""
+        if self._dirty:
+            self._dirty = False
+            self._db.execute("ROLLBACK")
+        self._db.close()
+
     def commit(self) -> None:
         if self._dirty:
             self._dirty = False
@@ -136,12 +144,14 @@ class Store:
             self._do("INSERT OR REPLACE INTO retained VALUES (?, ?, ?)", *row)
 
     def retained(self) -> dict[str, Retained]:
+        """Raises StoreUnreadable."""
         self._do("DELETE FROM retained WHERE expires <= ?", self._clock.now().timestamp())
-        rows = self._db.execute("SELECT topic, packet, expires FROM retained")
-        return {
-            topic: Retained(_unpack(packet, 0), self._monotonic(expires))
-            for topic, packet, expires in rows
-        }
+        with self._reading():
+            rows = self._db.execute("SELECT topic, packet, expires FROM retained")
+            return {
+                topic: Retained(_unpack(packet, 0), self._monotonic(expires))
+                for topic, packet, expires in rows
+            }
 
     # Sessions
 
@@ -171,7 +181,12 @@ class Store:
         statement = "DELETE FROM subscriptions WHERE client_id = ? AND topic_filter = ?"
         self._do(statement, client_id, topic_filter)
 
-    def sessions(self) -> Iterator[StoredSession]:
+    def sessions(self) -> list[StoredSession]:
+        """Raises StoreUnreadable."""
+        with self._reading():
+            return list(self._sessions())
+
+    def _sessions(self) -> Iterator[StoredSession]:
         now = self._clock.now().timestamp()
         found = self._db.execute("SELECT client_id, owner, expiry, left FROM sessions").fetchall()
         for client_id, owner, expiry, left in found:
@@ -238,6 +253,15 @@ class Store:
             self._on_change()
         return self._db.execute(statement, values).lastrowid or 0
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, MalformedPacket, TypeError, ValueError) as error:
+            raise StoreUnreadable(
+                f"cannot read {self._path}: {error}; move the file away to begin anew"
+            ) from None
+
     def _rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         return self._db.execute(statement, values).fetchall()
 
@@ -258,5 +282,6 @@ def _pack(publish: Publish) -> bytes:
 
 def _unpack(packet: bytes, packet_id: int) -> Publish:
     publish = decode(packet, V5)
-    assert isinstance(publish, Publish)
+    if not isinstance(publish, Publish):
+        raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, f"a kept {type(publish).__name__}", "3.3")
     return replace(publish, packet_id=packet_id)

@@ -101,9 +101,9 @@ def test_nothing_is_lost_doubled_or_reordered(steps, window) -> None:
 
 
 def test_the_queue_is_bounded_by_count_and_bytes() -> None:
-    session = Session("c", queue_limit=2, queue_bytes=100)
+    session = Session("c", queue_limit=2, queue_bytes=1000)
     assert session.enqueue(Publish("t", b"1", 1), 0)
-    assert not session.enqueue(Publish("t", bytes(200), 1), 0)
+    assert not session.enqueue(Publish("t", bytes(900), 1), 0)
     assert session.enqueue(Publish("t", b"2", 1), 0)
     assert not session.enqueue(Publish("t", b"3", 1), 0)
     assert session.dropped == 2

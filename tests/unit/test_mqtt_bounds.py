@@ -1,0 +1,236 @@
+"""What a client cannot make the broker do: wait for ever, grow without end, lose what it keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from gatelet.simulator.mqtt.broker import Broker
+from gatelet.simulator.mqtt.codec import Decoder, encode
+from gatelet.simulator.mqtt.connection import Limits
+from gatelet.simulator.mqtt.packets import (
+    V5,
+    V311,
+    ConnAck,
+    Connect,
+    Disconnect,
+    Packet,
+    Properties,
+    PubAck,
+    Publish,
+    ReasonCode,
+    SubAck,
+    Subscribe,
+    Subscription,
+)
+from gatelet.simulator.mqtt.session import Session
+from gatelet.simulator.mqtt.store import FILE_NAME, StoreUnreadable
+
+
+@asynccontextmanager
+async def running(**arguments) -> AsyncIterator[Broker]:
+    broker = Broker(**arguments)
+    await broker.start()
+    try:
+        yield broker
+    finally:
+        await broker.stop()
+
+
+class Client:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.decoder, self.waiting = Decoder(version=V5), list[Packet]()
+
+    def send(self, *packets: Packet) -> None:
+        self.writer.write(b"".join(encode(packet, packet_version(packet)) for packet in packets))
+
+    async def receive(self) -> Packet:
+        while not self.waiting:
+            data = await asyncio.wait_for(self.reader.read(65_536), 5)
+            if not data:
+                raise EOFError
+            self.waiting += self.decoder.feed(data)
+        return self.waiting.pop(0)
+
+
+def packet_version(packet: Packet) -> int:
+    return packet.version if isinstance(packet, Connect) else V5
+
+
+@asynccontextmanager
+async def client(broker: Broker, **options) -> AsyncIterator[Client]:
+    one = Client(*await asyncio.open_connection("127.0.0.1", broker.port, **options))
+    try:
+        yield one
+    finally:
+        one.writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await one.writer.wait_closed()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 8) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def test_time_to_connect_is_not_prolonged_by_dribbling() -> None:
+    packet = encode(Connect("c" * 1000, V5), V5)
+    async with running(limits=Limits(connect_timeout=0.3)) as broker, client(broker) as one:
+        started = time.monotonic()
+        for position in range(len(packet)):
+            one.writer.write(packet[position : position + 1])
+            try:
+                assert not await asyncio.wait_for(one.reader.read(1), 0.05)
+                break
+            except asyncio.TimeoutError:
+                assert time.monotonic() - started < 3, "a byte now and then is no CONNECT"
+
+
+async def test_a_second_connect_does_not_change_the_version() -> None:
+    async with running() as broker, client(broker) as one:
+        one.send(Connect("c", V5), Connect("c", V311))
+        assert isinstance(await one.receive(), ConnAck)
+        farewell = await one.receive()
+        assert isinstance(farewell, Disconnect)
+        assert farewell.reason_code == ReasonCode.PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_every_retained_message_reaches_a_new_subscriber(qos: int) -> None:
+    async with running(queue_limit=100) as broker, client(broker) as one:
+        for number in range(1500):
+            broker.publish(f"t/{number}", b"x", 1, retain=True)
+        one.send(Connect("c", V5), Subscribe(1, (Subscription("t/#", qos),)))
+        found: set[str] = set()
+        while len(found) < 1500:
+            packet = await one.receive()
+            if isinstance(packet, Publish):
+                found.add(packet.topic)
+                if packet.qos:
+                    one.send(PubAck(packet.packet_id))
+
+
+def test_a_session_counts_all_of_a_message() -> None:
+    large = Properties(user_properties=(("name", "x" * 60_000),) * 10)
+    session = Session("c", queue_bytes=1_000_000)
+    assert session.enqueue(Publish("t", b"", 1, properties=large), 0)
+    assert not session.enqueue(Publish("t", b"", 1, properties=large), 0), "1.2 MB of properties"
+    small = Session("c", queue_limit=10**9, queue_bytes=100_000)
+    count = 0
+    while small.enqueue(Publish("t", b"", 1), 0):
+        count += 1
+    assert count < 2000, "an empty message takes memory too"
+    small.resume()
+    while (packet := small.next_packet(0, 100)) is not None:
+        small.acknowledge(PubAck(packet.packet_id))
+    assert sum(small.enqueue(Publish("t", b"", 1), 0) for _ in range(count)) == count
+
+
+def test_expired_messages_make_room() -> None:
+    session = Session("c", queue_limit=2)
+    soon = Properties(message_expiry_interval=5)
+    assert session.enqueue(Publish("t", b"lasting", 1), 0)
+    assert session.enqueue(Publish("t", b"soon", 1, properties=soon), 0)
+    assert not session.enqueue(Publish("t", b"none", 1), 4)
+    assert session.enqueue(Publish("t", b"new", 1), 6)
+    session.resume()
+    assert [session.next_packet(6, 10).payload for _ in range(2)] == [b"lasting", b"new"]
+
+
+async def test_a_filter_of_thousands_of_levels_is_refused() -> None:
+    async with running() as broker, client(broker) as one:
+        deep = Subscription("/" * 60_000, 0)
+        one.send(Connect("c", V5), Subscribe(1, (deep, Subscription("a/b", 0))))
+        await one.receive()
+        assert await one.receive() == SubAck(1, (ReasonCode.QUOTA_EXCEEDED, 0))
+
+
+async def test_sessions_expire_after_a_pause_of_the_server_too() -> None:
+    broker = Broker()
+    await broker.start()
+    lasting = Connect("c", V5, False, properties=Properties(session_expiry_interval=1))
+    async with client(broker) as one:
+        one.send(lasting)
+        assert isinstance(await one.receive(), ConnAck)
+    await until(lambda: not broker.client_ids)
+    await broker.stop()
+    await broker.start()
+    try:
+        await until(lambda: not broker._sessions)
+    finally:
+        await broker.stop()
+
+
+@asynccontextmanager
+async def deaf(broker: Broker, keepalive: int) -> AsyncIterator[Client]:
+    """A client that listens to everything and reads nothing, with megabytes on their way."""
+    bare = socket.socket()
+    bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    bare.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(bare, ("127.0.0.1", broker.port))
+    async with AsyncClientOnSocket(bare) as one:
+        one.send(Connect("deaf", V5, keepalive=keepalive), Subscribe(1, (Subscription("#", 0),)))
+        assert isinstance(await one.receive(), ConnAck)
+        assert isinstance(await one.receive(), SubAck)
+        one.writer.transport.pause_reading()
+        for _ in range(60):
+            broker.publish("t", bytes(200_000))
+        yield one
+
+
+class AsyncClientOnSocket:
+    def __init__(self, bare: socket.socket) -> None:
+        self._bare = bare
+
+    async def __aenter__(self) -> Client:
+        self._one = Client(*await asyncio.open_connection(sock=self._bare, limit=1024))
+        return self._one
+
+    async def __aexit__(self, *_: object) -> None:
+        self._one.writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await self._one.writer.wait_closed()
+
+
+async def test_a_client_that_leaves_without_reading_is_let_go() -> None:
+    async with running() as broker, deaf(broker, 0) as one:
+        one.writer.write_eof()
+        await until(lambda: not broker.client_ids)
+
+
+async def test_a_client_that_neither_reads_nor_speaks_is_silent() -> None:
+    async with running() as broker, deaf(broker, 1) as one:
+        one.writer.write(encode(Publish("x", bytes(900)), V5) * 400)
+        await until(lambda: not broker.client_ids)
+
+
+async def test_what_was_kept_and_cannot_be_read_is_said(tmp_path: Path) -> None:
+    async with running(folder=tmp_path) as broker:
+        broker.publish("t", b"x", 1, retain=True)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as db, db:
+        db.execute("UPDATE retained SET packet = x'00ff'")
+    broker = Broker(folder=tmp_path)
+    for _ in range(2):
+        with pytest.raises(StoreUnreadable, match="move the file away"):
+            await broker.start()
+    await broker.stop()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
+        assert db.execute("SELECT count(*) FROM retained").fetchone() == (1,), "nothing is deleted"
+
+
+async def test_what_expired_is_not_shown_as_retained() -> None:
+    async with running() as broker, client(broker) as one:
+        brief = Properties(message_expiry_interval=1)
+        one.send(Connect("c", V5), Publish("t", b"x", 0, True, properties=brief))
+        await until(lambda: broker.retained == {"t": b"x"})
+        await until(lambda: broker.retained == {})
