@@ -100,6 +100,8 @@ def create_body(
     body["Env"] = _environment(spec, device_id, facts, body.get("Env", []), scoring, problems)
     host: dict[str, Any] = body.setdefault("HostConfig", {})
     host["RestartPolicy"] = _NO_RESTART
+    if "Devices" in host:
+        host["Devices"] = [_whole_device(device) for device in host["Devices"]]
     host["LogConfig"] = host.get("LogConfig") or _log_config(policy, facts, problems)
     security = host.get("SecurityOpt", [])
     if not host.get("Privileged") and not any(
@@ -120,6 +122,16 @@ def create_body(
         DIGEST_LABEL: facts.digest,
     }
     return ContainerSpec(spec.name, name, spec.image, facts.digest, canonical_body(body))
+
+
+def _whole_device(device: Mapping[str, str]) -> Mapping[str, str]:
+    """With what Docker's own command line fills in: the engine does not."""
+    path = device.get("PathOnHost", "")
+    return {
+        "PathOnHost": path,
+        "PathInContainer": device.get("PathInContainer") or path,
+        "CgroupPermissions": device.get("CgroupPermissions") or "rwm",
+    }
 
 
 def _refused(module: str, problems: Problems) -> ManifestError:

@@ -1,0 +1,528 @@
+"""One contract of ContainerRuntime, for the simulated engine and for a real dockerd."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from docker.errors import APIError
+from engine_fixture import HEALTHCHECK, PASSWORD, USER
+from gatelet.agent.module_spec import ModuleSpec
+from gatelet.agent.runtime.container import LogFilter, RuntimeFailed
+from gatelet.agent.runtime.create_body import CreateFacts, create_body
+from gatelet.agent.runtime.docker import DockerRuntime
+from gatelet.agent.runtime.policy import DockerPolicy
+from gatelet.modules.oci.transport import RegistrySettings
+from gatelet.simulator.engine import SimulatedEngine
+
+SECONDS = 20.0
+NOBODY = "sha256:" + "0" * 64
+
+
+class RealBench:
+    def __init__(self, engine) -> None:
+        self.engine = engine
+        self.api = engine.client
+        self.device = f"device-{uuid.uuid4().hex[:12]}"
+        self.runtimes = []
+        self.foreign = []
+
+    def runtime(self, device=None):
+        runtime = DockerRuntime(self.engine.socket, device or self.device, timeout=30)
+        self.runtimes.append(runtime)
+        return runtime
+
+    def publish(self, name, config=None, login=False):
+        if not login:
+            pushed = self.engine.push(name, config=config)
+            return pushed.name, pushed.digest
+        registry = self.engine.add_registry(login=True)
+        settings = RegistrySettings(registry.address, username=USER, password=PASSWORD)
+        pushed = self.engine.push(name, config=config, registry=settings)
+        return pushed.name, pushed.digest
+
+    def signal(self, name, number):
+        self.api.kill(name, number)
+
+    def update(self, name, **settings):
+        self.api._post_json(self.api._url("/containers/{0}/update", name), settings).close()
+
+    def rename(self, name, new):
+        self.api.rename(name, new)
+
+    def create_foreign(self, name, image):
+        self.api.create_container_from_config({"Image": image}, name)
+        self.foreign.append(name)
+
+    def stop(self):
+        self.engine.stop()
+
+    def start(self):
+        self.engine.start()
+
+    async def close(self):
+        for runtime in self.runtimes:
+            await runtime.close()
+        wanted = {"label": [f"io.gatelet.device={self.device}"]}
+        names = [found["Id"] for found in self.api.containers(all=True, filters=wanted)]
+        for name in [*names, *self.foreign]:
+            with contextlib.suppress(APIError):
+                self.api.remove_container(name, v=True, force=True)
+
+
+class SimulatedBench:
+    def __init__(self) -> None:
+        self.engine = SimulatedEngine()
+        self.device = "device-1"
+        for name in ("signal", "update", "rename", "create_foreign", "stop", "start"):
+            setattr(self, name, getattr(self.engine, name))
+
+    def runtime(self, device=None):
+        return self.engine.runtime(device or self.device)
+
+    def publish(self, name, config=None, login=False):
+        image = f"registry.test:5000/{name}"
+        credentials = (USER, PASSWORD) if login else None
+        return image, self.engine.publish(image, config=config, login=credentials)
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture(params=["simulated", "docker"])
+async def bench(request):
+    if request.param == "simulated":
+        bench = SimulatedBench()
+    else:
+        bench = RealBench(request.getfixturevalue("engine"))
+    yield bench
+    await bench.close()
+
+
+@pytest.fixture
+def runtime(bench):
+    return bench.runtime()
+
+
+def unique(prefix="m"):
+    return f"{prefix}-{uuid.uuid4().hex[:10]}"
+
+
+def spec_of(bench, image, digest, *, name=None, env=(), device=None, **options):
+    options = {**options, "HostConfig": {"NetworkMode": "none", **options.get("HostConfig", {})}}
+    module = ModuleSpec(name or unique(), image, env=tuple(env), create_options=json.dumps(options))
+    policy = DockerPolicy(allow_privileged=True)
+    return create_body(module, device or bench.device, policy, CreateFacts(digest=digest))
+
+
+async def made(bench, runtime, *, start=True, name="probe:1", config=None, **options):
+    """A container, pulled, created and started; returns its spec."""
+    image, digest = bench.publish(name, config)
+    await runtime.pull(image, digest, (), lambda progress: None)
+    spec = spec_of(bench, image, digest, **options)
+    await runtime.create(spec)
+    if start:
+        await runtime.start(spec.name)
+    return spec
+
+
+async def view(runtime, spec):
+    found = [view for view in await runtime.containers() if view.module == spec.module]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+async def until(runtime, spec, condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition(last := await view(runtime, spec)):
+        assert time.monotonic() < deadline, f"not reached: {last}"
+        await asyncio.sleep(0.02)
+    return last
+
+
+async def lines(runtime, spec, follow=False, **wanted):
+    return [line async for line in runtime.logs(spec.name, LogFilter(**wanted), follow=follow)]
+
+
+async def exhausted(stream):
+    async for _ in stream:
+        pass
+
+
+async def test_a_container_lives_and_dies_and_every_step_can_be_repeated(bench, runtime):
+    spec = await made(bench, runtime, start=False)
+    await runtime.create(spec)
+    created = await view(runtime, spec)
+    assert (created.state, created.started_at, created.drift) == ("created", None, ())
+    assert (created.name, created.spec, created.digest) == (
+        spec.name,
+        spec.fingerprint(),
+        spec.digest,
+    )
+
+    before = datetime.now(timezone.utc) - timedelta(seconds=2)
+    await runtime.start(spec.name)
+    await runtime.start(spec.name)
+    running = await view(runtime, spec)
+    assert (running.state, running.health, running.drift) == ("running", "none", ())
+    assert running.id == created.id
+    assert before < running.started_at < datetime.now(timezone.utc) + timedelta(seconds=2)
+
+    await runtime.stop(spec.name)
+    await runtime.stop(spec.name)
+    stopped = await view(runtime, spec)
+    assert (stopped.state, stopped.exit_code, stopped.oom_killed) == ("exited", 0, False)
+    assert stopped.finished_at >= stopped.started_at
+
+    await runtime.remove(spec.name)
+    await runtime.remove(spec.name)
+    await runtime.stop(spec.name)
+    assert await view(runtime, spec) is None
+    with pytest.raises(RuntimeFailed) as failed:
+        await runtime.start(spec.name)
+    assert not failed.value.retryable
+    assert spec.name in str(failed.value)
+
+
+async def test_a_leftover_is_replaced_and_one_of_the_same_kind_that_ran_as_well(bench, runtime):
+    spec = await made(bench, runtime)
+    first = await view(runtime, spec)
+    await runtime.create(spec)
+    second = await view(runtime, spec)
+    assert second.id != first.id
+    assert second.state == "created"
+    other = spec_of(bench, spec.image, spec.digest, name=spec.module, env=[("A", "1")])
+    assert other.fingerprint() != spec.fingerprint()
+    await runtime.create(other)
+    third = await view(runtime, other)
+    assert third.id != second.id
+    assert third.spec == other.fingerprint()
+
+
+async def test_a_name_that_others_have_is_refused(bench, runtime):
+    spec = await made(bench, runtime, start=False)
+    foreign = unique("foreign")
+    bench.create_foreign(foreign, spec.image)
+    mine = spec_of(bench, spec.image, spec.digest, name=foreign)
+    with pytest.raises(RuntimeFailed, match=f"docker rename {foreign}") as failed:
+        await runtime.create(mine)
+    assert not failed.value.retryable
+    # The same module of another device on the same engine.
+    other = bench.runtime("another")
+    assert await other.containers() == ()
+    with pytest.raises(RuntimeFailed):
+        await other.create(
+            spec_of(bench, spec.image, spec.digest, name=spec.name, device="another")
+        )
+    assert [found.name for found in await runtime.containers()] == [spec.name]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "oom"), [(["exit", "7"], 7, False), (["eat"], 137, True)]
+)
+async def test_exit_codes(bench, runtime, command, code, oom):
+    limits = {"Memory": 16 << 20, "MemorySwap": 16 << 20}
+    spec = await made(bench, runtime, Cmd=command, HostConfig=limits)
+    ended = await until(runtime, spec, lambda found: found.state == "exited")
+    assert (ended.exit_code, ended.oom_killed, ended.drift) == (code, oom, ())
+
+
+async def test_health_follows_the_check(bench, runtime):
+    slow = {**HEALTHCHECK, "StartPeriod": 0}
+    env = [("HEALTHY_AFTER_MS", "100")]
+    spec = await made(bench, runtime, env=env, Healthcheck=slow)
+    assert (await view(runtime, spec)).health in ("starting", "unhealthy")
+    healthy = await until(runtime, spec, lambda found: found.health == "healthy")
+    assert healthy.health_log == "well"
+    bench.signal(spec.name, "SIGUSR1")
+    sick = await until(runtime, spec, lambda found: found.health == "unhealthy")
+    assert (sick.health_log, sick.state) == ("sick", "running")
+    bench.signal(spec.name, "SIGUSR2")
+    await until(runtime, spec, lambda found: found.health == "healthy")
+
+
+async def test_a_health_check_of_the_image_counts(bench, runtime):
+    spec = await made(bench, runtime, name="checked:1", config={"Healthcheck": HEALTHCHECK})
+    found = await until(runtime, spec, lambda found: found.health == "healthy")
+    assert found.drift == ()
+
+
+async def test_a_process_that_does_not_listen_is_killed(bench, runtime):
+    spec = await made(bench, runtime, env=[("IGNORE_TERM", "1")])
+    await runtime.stop(spec.name, timeout=1)
+    assert (await view(runtime, spec)).exit_code == 137
+
+
+async def test_logs_by_line_and_stream(bench, runtime):
+    spec = await made(bench, runtime, Cmd=["lines", "6"])
+    await until(runtime, spec, lambda found: found.state == "exited")
+    found = await lines(runtime, spec)
+    assert sorted(line.text for line in found) == [f"line {n}" for n in range(6)]
+    assert {line.text for line in found if line.stream == "stderr"} == {
+        "line 1",
+        "line 3",
+        "line 5",
+    }
+    assert all(line.at is not None and line.at.tzinfo == timezone.utc for line in found)
+    assert await lines(runtime, spec, tail=2) == found[-2:]
+    assert await lines(runtime, spec, tail=0) == []
+    assert await lines(runtime, spec, tail=100) == found
+    with pytest.raises(RuntimeFailed, match="no such container"):
+        await lines(runtime, spec_of(bench, spec.image, spec.digest))
+
+
+async def test_logs_of_a_time(bench, runtime):
+    spec = await made(bench, runtime, Cmd=["lines", "4", "150"])
+    await until(runtime, spec, lambda found: found.state == "exited")
+    found = await lines(runtime, spec)
+    assert [line.text for line in found] == [f"line {n}" for n in range(4)]
+    middle = found[1].at + (found[2].at - found[1].at) / 2
+    assert await lines(runtime, spec, since=middle) == found[2:]
+    assert await lines(runtime, spec, until=middle) == found[:2]
+    assert await lines(runtime, spec, since=found[1].at, until=middle) == found[1:2]
+
+
+async def test_following_goes_on_over_a_restart_and_ends_with_the_container(bench, runtime):
+    spec = await made(bench, runtime)
+    seen = []
+    changed = asyncio.Event()
+
+    async def follow():
+        async for line in runtime.logs(spec.name, LogFilter(), follow=True):
+            seen.append(line.text)
+            changed.set()
+
+    async def until_seen(*texts):
+        while seen != list(texts):
+            changed.clear()
+            await asyncio.wait_for(changed.wait(), SECONDS)
+
+    task = asyncio.create_task(follow())
+    await until_seen("started")
+    await runtime.stop(spec.name)
+    await until_seen("started", "ended")
+    await runtime.start(spec.name)
+    await until_seen("started", "ended", "started")
+    await runtime.remove(spec.name)
+    await asyncio.wait_for(task, SECONDS)
+
+
+async def test_following_can_be_given_up(bench, runtime):
+    spec = await made(bench, runtime)
+    stream = runtime.logs(spec.name, LogFilter(), follow=True)
+    assert (await stream.__anext__()).text == "started"
+    waiting = asyncio.ensure_future(stream.__anext__())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    done, _ = await asyncio.wait([waiting], timeout=5)
+    assert done
+
+
+async def test_changes_wake_and_nothing_else_does(bench, runtime):
+    spec = await made(bench, runtime, start=False)
+    stream = runtime.events()
+    await asyncio.wait_for(stream.__anext__(), SECONDS)
+
+    async def woken():
+        await asyncio.wait_for(stream.__anext__(), SECONDS)
+
+    await runtime.start(spec.name)
+    await woken()
+    while (await view(runtime, spec)).state != "running":
+        await woken()
+    bench.update(spec.name, PidsLimit=50)
+    while not (await view(runtime, spec)).drift:
+        await woken()
+    await runtime.remove(spec.name)
+    while await view(runtime, spec) is not None:
+        await woken()
+    await stream.aclose()
+
+
+async def test_events_of_health(bench, runtime):
+    spec = await made(bench, runtime, Healthcheck=HEALTHCHECK)
+    stream = runtime.events()
+    while (await view(runtime, spec)).health != "healthy":
+        await asyncio.wait_for(stream.__anext__(), SECONDS)
+    bench.signal(spec.name, "SIGUSR1")
+    while (await view(runtime, spec)).health != "unhealthy":
+        await asyncio.wait_for(stream.__anext__(), SECONDS)
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"Memory": 64 << 20, "MemorySwap": 64 << 20}, "HostConfig.Memory"),
+        ({"NanoCpus": 500_000_000}, "HostConfig.NanoCpus"),
+        ({"PidsLimit": 50}, "HostConfig.PidsLimit"),
+        ({"CpuShares": 100}, "HostConfig.CpuShares"),
+        ({"RestartPolicy": {"Name": "always"}}, "HostConfig.RestartPolicy"),
+    ],
+)
+async def test_settings_changed_by_others_are_seen(bench, runtime, change, named):
+    limits = {"Memory": 32 << 20, "MemorySwap": 32 << 20, "PidsLimit": 100}
+    spec = await made(bench, runtime, HostConfig=limits)
+    assert (await view(runtime, spec)).drift == ()
+    bench.update(spec.name, **change)
+    assert named in (await view(runtime, spec)).drift
+    # Also by an agent that did not create it.
+    assert named in (await view(bench.runtime(), spec)).drift
+    await runtime.create(spec)
+    assert (await view(runtime, spec)).drift == ()
+
+
+async def test_a_new_name_is_seen(bench, runtime):
+    spec = await made(bench, runtime)
+    bench.rename(spec.name, unique("renamed"))
+    assert (await view(runtime, spec)).drift == ("Name",)
+
+
+async def test_a_whole_body_does_not_drift(bench, runtime):
+    options = {
+        "Hostname": "camera",
+        "User": "1000:1000",
+        "WorkingDir": "/tmp",
+        "Env": ["A=1", "B=two words"],
+        "Labels": {"team": "vision"},
+        "ExposedPorts": {"80/tcp": {}},
+        "Volumes": {"/cache": {}},
+        "StopSignal": "SIGTERM",
+        "StopTimeout": 3,
+        "Healthcheck": HEALTHCHECK,
+        "HostConfig": {
+            "Memory": 64 << 20,
+            "MemoryReservation": 32 << 20,
+            "NanoCpus": 500_000_000,
+            "PidsLimit": 64,
+            "CapDrop": ["ALL"],
+            "CapAdd": ["net_bind_service", "CAP_CHOWN"],
+            "Binds": ["/usr/share:/host:ro", "/etc/hosts:/h:ro"],
+            "Mounts": [
+                {"Type": "tmpfs", "Target": "/scratch", "TmpfsOptions": {"SizeBytes": 65536}}
+            ],
+            "Tmpfs": {"/run": "rw,mode=1777"},
+            "ReadonlyRootfs": True,
+            "Ulimits": [{"Name": "nofile", "Soft": 512, "Hard": 1024}],
+            "PortBindings": {"80/tcp": [{"HostPort": "18080"}]},
+            "ExtraHosts": ["db:10.0.0.1"],
+            "Dns": ["10.0.0.2"],
+            "GroupAdd": ["44"],
+            "Devices": [{"PathOnHost": "/dev/zero", "PathInContainer": "/dev/nil"}],
+            "Init": False,
+            "OomScoreAdj": 100,
+            "ShmSize": 1 << 20,
+            "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m"}},
+            "RestartPolicy": {"Name": "always"},
+        },
+    }
+    env = [("B", "3"), ("C", "")]
+    spec = await made(bench, runtime, env=env, name="checked:1", **options)
+    await until(runtime, spec, lambda found: found.state == "running")
+    # A runtime that did not create it knows nothing of the engine's own settings.
+    for one in (runtime, bench.runtime()):
+        assert (await view(one, spec)).drift == ()
+
+
+async def test_pull_by_digest_with_progress(bench, runtime):
+    image, digest = bench.publish(f"{unique()}:1", {"Labels": {"unique": uuid.uuid4().hex}})
+    seen = []
+    assert digest not in {d for found in await runtime.images() for d in found.digests}
+    await runtime.pull(image, digest, (), seen.append)
+    assert seen
+    assert seen[-1].layers_done == seen[-1].layers_total
+    assert all(one.bytes_done <= one.bytes_total for one in seen)
+    [found] = [found for found in await runtime.images() if digest in found.digests]
+    assert image in found.names
+    assert "unique" in found.labels
+    assert found.size > 0
+    # Again: nothing is transferred, and a lost name comes back.
+    await runtime.pull(image, digest, (), seen.append)
+    await runtime.remove_image(digest)
+    await runtime.remove_image(digest)
+    assert digest not in {d for found in await runtime.images() for d in found.digests}
+
+
+async def test_a_moved_tag_does_not_matter(bench, runtime):
+    name = f"{unique()}:1"
+    image, first = bench.publish(name, {"Labels": {"number": "1"}})
+    _, second = bench.publish(name, {"Labels": {"number": "2"}})
+    await runtime.pull(image, first, (), lambda progress: None)
+    old = spec_of(bench, image, first)
+    await runtime.create(old)
+    await runtime.pull(image, second, (), lambda progress: None)
+    # The name stands for the second image now, and the first one is still what is asked for.
+    again = spec_of(bench, image, first, name=old.module, env=[("A", "1")])
+    await runtime.create(again)
+    assert (await view(runtime, again)).drift == ()
+    for number, digest in (("1", first), ("2", second)):
+        spec = spec_of(bench, image, digest)
+        await runtime.create(spec)
+        [found] = [one for one in await runtime.images() if digest in one.digests]
+        assert found.labels["number"] == number
+        assert (await view(runtime, spec)).drift == ()
+
+
+async def test_an_unknown_digest(bench, runtime):
+    image, _ = bench.publish(f"{unique()}:1")
+    with pytest.raises(RuntimeFailed, match="push the image") as failed:
+        await runtime.pull(image, NOBODY, (), lambda progress: None)
+    assert failed.value.retryable
+    with pytest.raises(RuntimeFailed, match="has to be pulled first") as failed:
+        await runtime.create(spec_of(bench, image, NOBODY))
+    assert failed.value.retryable
+
+
+async def test_credentials(bench, runtime):
+    image, digest = bench.publish(f"{unique()}:1", login=True)
+    host = image.partition("/")[0]
+    for wrong in ((), ((host, USER, "wrong"),), (("elsewhere:5000", USER, PASSWORD),)):
+        with pytest.raises(RuntimeFailed, match=f"username and password for {host}") as failed:
+            await runtime.pull(image, digest, wrong, lambda progress: None)
+        assert PASSWORD not in str(failed.value)
+    right = (("elsewhere:5000", "a", "b"), (host, USER, PASSWORD))
+    await runtime.pull(image, digest, right, lambda progress: None)
+
+
+async def test_an_image_in_use_stays(bench, runtime):
+    image, digest = bench.publish(f"{unique()}:1", {"Labels": {"unique": uuid.uuid4().hex}})
+    await runtime.pull(image, digest, (), lambda progress: None)
+    spec = spec_of(bench, image, digest)
+    await runtime.create(spec)
+    with pytest.raises(RuntimeFailed, match=spec.name):
+        await runtime.remove_image(digest)
+    await runtime.remove(spec.name)
+    await runtime.remove_image(digest)
+
+
+async def test_an_engine_that_goes_and_comes_back(bench, runtime):
+    spec = await made(bench, runtime)
+    assert (await runtime.info()).os == "linux"
+    stream = runtime.events()
+    await asyncio.wait_for(stream.__anext__(), SECONDS)
+    await asyncio.to_thread(bench.stop) if isinstance(bench, RealBench) else bench.stop()
+    try:
+        with pytest.raises(RuntimeFailed) as ended:
+            await asyncio.wait_for(exhausted(stream), SECONDS)
+        assert ended.value.retryable
+        for call in (
+            runtime.containers(),
+            runtime.start(spec.name),
+            runtime.create(spec),
+            runtime.pull(spec.image, NOBODY, (), lambda progress: None),
+            lines(runtime, spec),
+        ):
+            with pytest.raises(RuntimeFailed, match="no answer from the engine") as failed:
+                await call
+            assert failed.value.retryable
+    finally:
+        await asyncio.to_thread(bench.start) if isinstance(bench, RealBench) else bench.start()
+    stopped = await view(runtime, spec)
+    assert (stopped.state, stopped.drift) == ("exited", ())
+    await runtime.start(spec.name)
+    assert (await view(runtime, spec)).state == "running"
