@@ -159,8 +159,17 @@ class DockerConfig(_Section, frozen=True):
     policy: DockerPolicy = DockerPolicy()
 
 
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
 class DeploymentConfig(_Section, frozen=True):
     """`probation_seconds`: how long all modules must be healthy before a deployment is good.
+
+    Under probation a container fails it that ended by itself `exits` times, or was not healthy
+    `healthy_deadline_seconds` after it was made. `update_mode` counts where the manifest's edgeAgent
+    has no ModuleUpdateMode; a start group waits at most `startup_wait_seconds` for the earlier ones,
+    0 for not at all. A container is restarted base * 2^n seconds after its end, up to cap, at most
+    `restart_limit` times; it counts anew after `restart_reset_seconds` of running.
 
     A manifest by reference comes over HTTPS, whose authority `manifest_ca_file` (PEM) may name;
     over plain HTTP only from this machine and from the HOST[:PORT] in `manifest_http_hosts`.
@@ -169,8 +178,25 @@ class DeploymentConfig(_Section, frozen=True):
     probation_seconds: float = 10.0
     retry_base_seconds: float = 1.0
     retry_cap_seconds: float = 60.0
+    update_mode: Literal["NonBlocking", "WaitForAllPulls"] = "NonBlocking"
+    startup_wait_seconds: _Seconds = 60.0
+    exits: Annotated[int, msgspec.Meta(ge=1)] = 3
+    healthy_deadline_seconds: _Seconds = 300.0
+    restart_base_seconds: _Seconds = 10.0
+    restart_cap_seconds: _Seconds = 300.0
+    restart_limit: Annotated[int, msgspec.Meta(ge=0)] = 20
+    restart_reset_seconds: _Seconds = 600.0
     manifest_ca_file: Path | None = None
     manifest_http_hosts: tuple[str, ...] = ()
+
+
+class ImagesConfig(_Section, frozen=True):
+    """When images that nothing needs are removed: after `keep_days`, or at once, the longest unused
+    first, while the disk has less free than `min_free_percent` or `min_free_bytes`."""
+
+    keep_days: _Seconds = 7.0
+    min_free_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 10.0
+    min_free_bytes: Annotated[int, msgspec.Meta(ge=0)] = 512 * 1024 * 1024
 
 
 class TrustKeyConfig(_Section, frozen=True):
@@ -227,6 +253,7 @@ class AgentConfig(_Section, frozen=True):
     scoring: ScoringConfig = ScoringConfig()
     fabric: FabricConfig = FabricConfig()
     docker: DockerConfig = DockerConfig()
+    images: ImagesConfig = ImagesConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     trust: TrustConfig = TrustConfig()

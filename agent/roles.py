@@ -68,12 +68,16 @@ def run_fabric_role(config: AgentConfig) -> int:
 
 def run_scoring_role(config: AgentConfig) -> int:
     """Run the scoring process until it is told to end."""
-    from .scoring.process import ScoringSettings, run_scoring
+    from .scoring.process import run_scoring
+    from .scoring.settings import ScoringSettings
 
     board = board_of(config)
     return run_scoring(
         ScoringSettings(
             grpc_address=config.scoring.grpc_address,
+            http_address=config.scoring.http_address,
+            metrics_address=config.scoring.metrics_address,
+            memory_budget_mb=config.scoring.memory_budget_mb,
             control_socket=str(config.scoring_socket),
             fabric_socket=None if board is None else str(config.fabric_socket),
             board=None if board is None else board.name,

@@ -194,18 +194,22 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address")
+    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address", "http_address", "metrics_address")
     PID_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     pid: int
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
     routes: _containers.RepeatedCompositeFieldContainer[Route]
     boot_id: str
     grpc_address: str
-    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ...) -> None: ...
+    http_address: str
+    metrics_address: str
+    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("manifest",)

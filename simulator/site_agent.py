@@ -28,7 +28,11 @@ def agent_config(settings: SiteSettings, site: Mapping[str, Any], fabric_device:
         },
         "mqtt": _mqtt(broker),
         "[registry]": {"address": site["registry"]["address"], "insecure": True},
-        "scoring": {"grpc-address": settings.grpc_address},
+        "scoring": {
+            "grpc-address": settings.grpc_address,
+            "http-address": "127.0.0.1:0",
+            "metrics-address": "127.0.0.1:0",
+        },
         "fabric": {"device": fabric_device},
         "deployment": {"probation-seconds": 1.0, "retry-base-seconds": 0.2},
     }

@@ -123,10 +123,12 @@ class BatchRunner:
         deadline: float | None,
         priority: int,
         done: Done,
+        wake: bool = True,
     ) -> None:
         """As `call` for event loops: returns at once; `done` is called on a runner's thread.
 
-        Raises ScoringError UNAVAILABLE when the queue is full.
+        `wake` False: `serve_here` follows when more has been submitted. Raises ScoringError
+        UNAVAILABLE when the queue is full.
         """
         arrived = self._now()
 
@@ -137,7 +139,31 @@ class BatchRunner:
             done(value)
 
         job = Job(inputs, outputs, deadline, self._items(inputs), finish)
-        self._wait(job, priority, arrived)
+        self._wait(job, priority, arrived, wake)
+
+    def serve_here(self, longest: float) -> None:
+        """Run what waits on this thread if a run takes up to `longest` seconds, as far as is known,
+        and leave it to the runners otherwise: two switches of threads cost more than a short run.
+        """
+        while True:
+            with self._lock:
+                if not self._queue:
+                    return
+                decision = decide(self._queue, self._now(), self.config, self._run_seconds)
+                short = 0.0 < self._run_seconds <= longest
+                batch = decision.batch if short and self._running < self.config.slots else ()
+                if not batch:
+                    if not self._start_runner():
+                        self._turn.notify()
+                    return
+                self._running += 1
+                expired, jobs = self._take(decision.expired), self._take(batch)
+            for job in expired:
+                job.finish(self._too_late(waited=True))
+            try:
+                self._execute(jobs)
+            finally:
+                self._leave()
 
     def close(self) -> None:
         """Turn away what waits, and end the threads once they have answered. Idempotent."""
@@ -188,7 +214,7 @@ class BatchRunner:
         self._statistics.answered_alone(self._items(inputs), took, infer_ns)
         return results
 
-    def _wait(self, job: Job, priority: int, arrived: float) -> None:
+    def _wait(self, job: Job, priority: int, arrived: float, wake: bool = True) -> None:
         """Put the job into the queue, if there is room for it."""
         shed: Job | None = None
         with self._lock:
@@ -207,14 +233,14 @@ class BatchRunner:
             admission = admit(self._queue, waiting, self.config)
             if not admission.admitted:
                 raise self._full()
-            started = self._start_runner()
+            started = wake and self._start_runner()
             if admission.shed is not None:
                 self._queue.remove(admission.shed)
                 shed = self._jobs.pop(admission.shed.number)
             job.waiting = waiting
             self._jobs[waiting.number] = job
             insort(self._queue, waiting, key=_order)
-            if not started and self._running < self.config.slots:
+            if wake and not started and self._running < self.config.slots:
                 self._turn.notify()
         if shed is not None:
             shed.finish(self._full())

@@ -24,6 +24,7 @@ from .ensemble_backend import EnsembleBackend, steps_of
 from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, State
 from .loading import InstanceOptions, Loaded
+from .residency import BudgetedSession
 from .routing import SESSION_HEADER, Route, Target, make_route
 from .statistics import MirrorSnapshot
 
@@ -49,11 +50,13 @@ class ControlService:
         backends: Mapping[str, Backend],
         *,
         grpc_address: str = "",
+        http_address: str = "",
+        metrics_address: str = "",
     ) -> None:
         self._plane = plane
         ensembles = EnsembleBackend(plane)
         self._backends = {**backends, ensembles.name: ensembles}
-        self._grpc_address = grpc_address
+        self._addresses = (grpc_address, http_address, metrics_address)
         self._boot_id = str(uuid.uuid4())
         self._loading = threading.Lock()
         self._changing = threading.Lock()
@@ -224,7 +227,9 @@ class ControlService:
             instances=[_status(one) for one in loaded],
             routes=[_route_message(route) for route in self._plane.table.routes.values()],
             boot_id=self._boot_id,
-            grpc_address=self._grpc_address,
+            grpc_address=self._addresses[0],
+            http_address=self._addresses[1],
+            metrics_address=self._addresses[2],
         )
 
     def retry_missing(self) -> None:
@@ -281,6 +286,20 @@ def _status(loaded: Loaded) -> pb.InstanceStatus:
         notes=loaded.notes,
         counts=_counts(instance),
         mirror=_mirrored(instance),
+        memory=_memory(instance),
+    )
+
+
+def _memory(instance: Instance) -> pb.MemoryStatus | None:
+    sessions = [member.session for member in instance.members]
+    reports = [one.memory() for one in sessions if isinstance(one, BudgetedSession)]
+    if not reports:
+        return None
+    return pb.MemoryStatus(
+        resident=all(report.resident for report in reports),
+        bytes=sum(report.bytes for report in reports),
+        loads=sum(report.loads for report in reports),
+        evictions=sum(report.evictions for report in reports),
     )
 
 

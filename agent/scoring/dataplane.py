@@ -25,6 +25,7 @@ from .validation import check_request
 
 _NAMES_IN_MESSAGE = 10
 EXTENSIONS = (
+    "binary_tensor_data",
     "classification",
     "logging",
     "model_configuration",
@@ -132,10 +133,17 @@ class DataPlane:
             instance.end()
 
     def submit(
-        self, request: InferenceRequest, done: Callable[[InferenceResponse | ScoringError], None]
-    ) -> None:
+        self,
+        request: InferenceRequest,
+        done: Callable[[InferenceResponse | ScoringError], None],
+        wake: bool = True,
+    ) -> Instance:
         """As `infer` for event loops: returns at once, and `done` is called once, perhaps on
-        another thread. Raises ScoringError as `infer` for what is refused before it waits."""
+        another thread. Raises ScoringError as `infer` for what is refused before it waits.
+
+        The instance that is to answer; with `wake` False its `serve_here` must be called, after
+        whatever else arrived with this request.
+        """
         route, target = self._claim(request)
         instance = target.instance
         started = self._now()
@@ -159,11 +167,12 @@ class DataPlane:
         try:
             outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
             deadline = self._deadline(request, instance)
-            instance.submit(inputs, outputs, deadline, request.priority, finish)
+            instance.submit(inputs, outputs, deadline, request.priority, finish, wake)
         except ScoringError as error:
             instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
             instance.end()
             raise
+        return instance
 
     def _response(
         self,

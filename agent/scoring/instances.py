@@ -26,6 +26,9 @@ from .batching_runner import BatchRunner
 from .errors import Code, ScoringError
 from .statistics import MirrorStatistics, Statistics
 
+# Longer runs would keep an event loop from its other clients.
+_SHORT_SECONDS = 0.0005
+
 
 class State(Enum):
     LOADED = "loaded"
@@ -43,6 +46,7 @@ class BackendReport:
     requests: int
     failures: int
     fallbacks: int
+    breaker_open: bool = False
 
 
 class Member:
@@ -131,6 +135,7 @@ class Member:
                 self._requests,
                 self._failures,
                 self._fallbacks,
+                not circuit.allows(self._breaker, self._now()),
             )
 
 
@@ -266,12 +271,20 @@ class Instance:
         deadline: float | None,
         priority: int,
         done: Done,
+        wake: bool = True,
     ) -> None:
         """As `run` without blocking: `done` gets the results or a ScoringError on another thread.
 
-        Raises ScoringError UNAVAILABLE when too many requests wait.
+        `wake` False: nothing runs before `serve_here`. Raises ScoringError UNAVAILABLE when too
+        many requests wait.
         """
-        self._runner.submit(inputs, outputs, deadline, priority, done)
+        self._runner.submit(inputs, outputs, deadline, priority, done, wake)
+
+    def serve_here(self) -> None:
+        """Run what waits, on this thread if that is short and on the CPU, which never hangs."""
+        members = self._members
+        on_cpu = bool(members) and members[0].name == "cpu"
+        self._runner.serve_here(_SHORT_SECONDS if on_cpu else 0.0)
 
     def _answer(
         self,

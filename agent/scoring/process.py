@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,7 +24,10 @@ from ...accelerators.parent import die_with_parent
 from ...protos.services import SCORING, handlers
 from .control_service import ControlService
 from .dataplane import DataPlane
-from .grpc_server import AddressUnavailable, GrpcLimits, GrpcServer
+from .grpc_server import AddressUnavailable
+from .residency import BudgetedBackend, Residency
+from .settings import ScoringSettings
+from .transports import Transports
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +37,6 @@ _CONTROL_THREADS = 8
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The size of sockaddr_un.sun_path, with its terminating zero.
 _MAX_SOCKET_PATH = 107
-
-
-@dataclass(frozen=True, slots=True)
-class ScoringSettings:
-    """`grpc_address`: host:port or unix:path. `fabric_socket` None: no FPGA; `board` and `part` say
-    which one it is. `threads`: intra-op threads of a model, `grpc_threads`: calls answered at once,
-    each 0 for what fits the cores. `drain_seconds`: for running requests when told to end."""
-
-    control_socket: str
-    grpc_address: str = "127.0.0.1:8001"
-    fabric_socket: str | None = None
-    board: str | None = None
-    part: str | None = None
-    threads: int = 0
-    grpc_threads: int = 0
-    max_message_bytes: int = 64 * 1024 * 1024
-    drain_seconds: float = 10.0
 
 
 class ControlServer:
@@ -105,19 +91,25 @@ def _serve(settings: ScoringSettings) -> int:
 
 def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> int:
     plane = DataPlane(_version())
-    limits = GrpcLimits(threads=settings.grpc_threads, max_message_bytes=settings.max_message_bytes)
-    server = GrpcServer(plane, settings.grpc_address, limits)
-    service = ControlService(plane, backends, grpc_address=server.address)
-    try:
+    with ExitStack() as unused:
+        transports = Transports(plane, settings)
+        unused.callback(transports.stop, 0.0)
+        service = ControlService(
+            plane,
+            backends,
+            grpc_address=transports.grpc_address,
+            http_address=transports.http_address,
+            metrics_address=transports.metrics_address,
+        )
         control = ControlServer(service, Path(settings.control_socket))
-    except AddressUnavailable:
-        server.stop(0)
-        raise
-    server.start()
+        unused.pop_all()
+    transports.start()
     control.start()
     log.info(
-        "scoring ready: grpc %s, control %s, backends %s",
-        server.address,
+        "scoring ready: grpc %s, http %s, metrics %s, control %s, backends %s",
+        transports.grpc_address or "off",
+        transports.http_address or "off",
+        transports.metrics_address or "off",
         settings.control_socket,
         ", ".join(backends),
     )
@@ -128,7 +120,7 @@ def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> i
     log.info("%s: draining", signal.Signals(received).name)
     ending.set()
     plane.stop()
-    server.stop(settings.drain_seconds)
+    transports.stop(settings.drain_seconds)
     control.stop()
     service.close()
     log.info("scoring ended")
@@ -149,7 +141,10 @@ def make_backends(settings: ScoringSettings, cleanup: ExitStack) -> Mapping[str,
         fpga = FpgaBackend(settings.fabric_socket, settings.board, settings.part)
         cleanup.callback(fpga.close)
         backends[fpga.name] = fpga
-    cpu = CpuBackend(settings.threads)
+    cpu: Backend = CpuBackend(settings.threads)
+    if settings.memory_budget_mb:
+        # Of the fabric process's memory this one knows nothing.
+        cpu = BudgetedBackend(cpu, Residency(settings.memory_budget_mb * 2**20))
     backends[cpu.name] = cpu
     return backends
 
@@ -192,6 +187,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=defaults["grpc_address"],
         help="host:port or unix:path for clients; port 0 takes a free one (default: %(default)s)",
     )
+    for name in ("http", "metrics"):
+        parser.add_argument(
+            f"--{name}-address",
+            default=defaults[f"{name}_address"],
+            help="as --grpc-address; an empty one turns it off (default: %(default)s)",
+        )
     parser.add_argument("--fabric-socket", help="Unix socket of the fabric process")
     parser.add_argument("--board", help="FPGA board, such as pynq-z2")
     parser.add_argument("--part", help="FPGA part, such as xc7z020clg400-1")
@@ -213,6 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
         type=float,
         default=defaults["drain_seconds"],
         help="for running requests when told to end (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-budget-mb",
+        type=int,
+        default=0,
+        metavar="MIB",
+        help="memory of all models before the one longest unused leaves; 0: no limit",
     )
     parser.add_argument(
         "--die-with-parent", action="store_true", help="end when the starting process dies"

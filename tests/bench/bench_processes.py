@@ -69,6 +69,7 @@ def main() -> None:
         (folder / "agent.toml").write_text(
             f'[device]\nstate-dir = "{name}/s"\nrun-dir = "{name}/r"\nboard = "pynq-z2"\n'
             '[scoring]\ngrpc-address = "127.0.0.1:0"\n'
+            'http-address = "127.0.0.1:0"\nmetrics-address = "127.0.0.1:0"\n'
             '[fabric]\ndevice = "gatelet.simulator.board"\n'
         )
         starts = [start_seconds(folder / "agent.toml", folder / "r") for _ in range(STARTS)]

@@ -11,15 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from gatelet.accelerators.backend import Backend
 from gatelet.accelerators.cpu import CpuBackend
 from gatelet.agent.scoring.control_service import ControlService
 from gatelet.agent.scoring.dataplane import DataPlane
-from gatelet.agent.scoring.grpc_server import GrpcLimits, GrpcServer
+from gatelet.agent.scoring.grpc_server import GrpcLimits
+from gatelet.agent.scoring.http_types import HttpLimits
 from gatelet.agent.scoring.instances import Instance
 from gatelet.agent.scoring.process import ControlServer
+from gatelet.agent.scoring.settings import ScoringSettings
+from gatelet.agent.scoring.transports import Transports
 from gatelet.protos import control_pb2 as pb
 from gatelet.protos.services import ScoringStub
 
@@ -28,12 +32,14 @@ TIMEOUT = 20.0
 
 @dataclass(frozen=True)
 class Site:
-    """A scoring server at `address`, controlled through `control`."""
+    """A scoring server, gRPC at `address`, controlled through `control`."""
 
     address: str
     control: ScoringStub
-    server: GrpcServer | None = None
+    server: Transports | None = None
     plane: DataPlane | None = None
+    http: str = ""
+    metrics: str = ""
 
     def server_instance(self, endpoint: str) -> Instance:
         """What answers at `endpoint`, of a server in this process."""
@@ -89,19 +95,38 @@ def serve(
     backends: Sequence[Backend] | None = None,
     *,
     limits: GrpcLimits | None = None,
+    http_limits: HttpLimits | None = None,
     address: str = "127.0.0.1:0",
+    http_address: str = "127.0.0.1:0",
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Site]:
-    """The server in this process, on a free port."""
+    """The server in this process, on free ports."""
     plane = DataPlane("test")
     by_name = {backend.name: backend for backend in backends or [CpuBackend()]}
-    server = GrpcServer(plane, address, limits)
-    service = ControlService(plane, by_name, grpc_address=server.address)
+    chosen = {
+        "control_socket": str(socket),
+        "grpc_address": address,
+        "http_address": http_address,
+        "metrics_address": "127.0.0.1:0",
+        **(settings or {}),
+    }
+    server = Transports(
+        plane, ScoringSettings(**chosen), grpc_limits=limits, http_limits=http_limits
+    )
+    addresses = (server.grpc_address, server.http_address, server.metrics_address)
+    service = ControlService(
+        plane,
+        by_name,
+        grpc_address=addresses[0],
+        http_address=addresses[1],
+        metrics_address=addresses[2],
+    )
     control = ControlServer(service, socket)
     server.start()
     control.start()
     try:
         with grpc.insecure_channel(f"unix:{socket}") as channel:
-            yield Site(server.address, ScoringStub(channel), server, plane)
+            yield Site(addresses[0], ScoringStub(channel), server, plane, *addresses[1:])
     finally:
         server.stop(2.0)
         control.stop()
@@ -125,6 +150,7 @@ def scoring_process(socket: Path, *arguments: str) -> Iterator[ScoringProcess]:
         [
             *(sys.executable, "-m", "gatelet.agent.scoring.process"),
             *("--control-socket", str(socket), "--grpc-address", "127.0.0.1:0"),
+            *("--http-address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"),
             *("--die-with-parent", *arguments),
         ],
         stderr=subprocess.PIPE,
@@ -132,9 +158,12 @@ def scoring_process(socket: Path, *arguments: str) -> Iterator[ScoringProcess]:
     )
     try:
         line = _line_with(process, "scoring ready")
-        address = line.split("grpc ", 1)[1].split(",", 1)[0]
+        address, http, metrics = (
+            line.split(f" {name} ", 1)[1].split(",", 1)[0] for name in ("grpc", "http", "metrics")
+        )
         with grpc.insecure_channel(f"unix:{socket}") as channel:
-            yield ScoringProcess(process, Site(address, ScoringStub(channel)))
+            site = Site(address, ScoringStub(channel), http=http, metrics=metrics)
+            yield ScoringProcess(process, site)
     finally:
         if process.poll() is None:
             process.kill()

@@ -68,6 +68,7 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
             [
                 *(sys.executable, "-m", "gatelet.agent.scoring.process"),
                 *("--control-socket", str(tmp_path / "s"), "--grpc-address", address),
+                *("--http-address", "", "--metrics-address", ""),
             ],
             capture_output=True,
             text=True,
@@ -91,6 +92,7 @@ def test_ends_with_its_parent(tmp_path: Path) -> None:
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-m', 'gatelet.agent.scoring.process',"
         f" '--control-socket', {str(tmp_path / 's')!r}, '--grpc-address', '127.0.0.1:0',"
+        " '--http-address', '', '--metrics-address', '',"
         " '--die-with-parent'], stderr=subprocess.PIPE, text=True)\n"
         "line = child.stderr.readline()\n"
         "print(child.pid, flush=True)\n"

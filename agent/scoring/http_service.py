@@ -1,0 +1,285 @@
+"""The REST service: Open Inference Protocol with Triton's extensions, and Azure ML's `/score`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+
+from .dataplane import DataPlane
+from .errors import DEFECT, Code, ScoringError
+from .http_call import Call, azure_ids
+from .http_describe import Descriptions
+from .http_encoding import SMALLEST, accepted, compress, decompress
+from .http_routes import match
+from .http_types import (
+    BINARY,
+    JSON,
+    HttpLimits,
+    HttpRequest,
+    HttpResponse,
+    Refusal,
+    as_refusal,
+    error_response,
+)
+from .instances import Instance
+from .oip_json import DecodedJson, decode_json, decode_only_tensor, encode_json
+from .routing import DEPLOYMENT_HEADER
+from .score_json import Score, decode_query, decode_score, encode_score
+from .types import InferenceRequest, InferenceResponse
+
+log = logging.getLogger(__name__)
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+# Larger bodies are read and unpacked beside the event loop, which others wait for.
+_LARGE = 128 * 1024
+_SLOW = frozenset({"repository_load", "repository_unload", "openapi", "swagger"})
+
+
+class HttpService:
+    """A `Handler`: called on the event loop, answers from whatever thread."""
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        limits: HttpLimits | None = None,
+        soon: Callable[[Callable[[], None]], bool] | None = None,
+    ) -> None:
+        """`soon` calls back once whatever arrived in this turn of the event loop has been read;
+        False off the loop."""
+        self._soon = soon
+        # Instances with requests of this turn; only the loop touches it.
+        self._waiting: dict[Instance, None] = {}
+        self._plane = plane
+        self._memory = plane.shared_memory
+        self._limits = limits or HttpLimits()
+        self._server_version = plane.server_metadata().version
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="http-body")
+        self._operations: dict[str, Callable[[Call], HttpResponse | None]] = {
+            "infer": self._infer,
+            "score": self._score,
+            "score_query": self._score,
+            **Descriptions(plane).operations,
+        }
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __call__(self, request: HttpRequest) -> None:
+        call = Call(request, "", {}, monotonic())
+        try:
+            found = match(request.path)
+            if found is None:
+                raise Refusal(404, f"nothing is served at {request.path[:200]!r}")
+            method = "GET" if request.method == "HEAD" else request.method
+            call.params = found.params
+            operation = found.operations.get(method)
+            call.operation = operation or next(iter(found.operations.values()))
+            if operation is None:
+                allowed = ", ".join(sorted(found.operations))
+                if method == "OPTIONS":
+                    self._finish(call, HttpResponse(200, b"", headers=(("Allow", allowed),)))
+                    return
+                raise Refusal(
+                    405,
+                    f"{request.method[:20]} is not served at {request.path[:200]!r}; use {allowed}",
+                    (("Allow", allowed),),
+                )
+            if call.azure:
+                call.headers += azure_ids(request.headers)
+        except Refusal as refusal:
+            self._refuse(call, refusal)
+            return
+        if len(request.body) > _LARGE or operation in _SLOW:
+            call.on_loop = False
+            self._pool.submit(self._perform, call, self._operations[operation])
+        else:
+            self._perform(call, self._operations[operation])
+
+    def _perform(self, call: Call, operation: Callable[[Call], HttpResponse | None]) -> None:
+        def work() -> HttpResponse | None:
+            request = call.request
+            encoding = request.headers.get("content-encoding")
+            if encoding is not None:
+                request.body = decompress(request.body, encoding, self._limits.max_body_bytes)
+            return operation(call)
+
+        self._guarded(call, work)
+
+    def _guarded(self, call: Call, work: Callable[[], HttpResponse | None]) -> None:
+        """Whatever happens, the client is answered."""
+        try:
+            response = work()
+        except ScoringError as error:
+            self._fail(call, error)
+        except Refusal as refusal:
+            self._refuse(call, refusal)
+        except Exception:
+            # The client gets 500 without our internals, the log the whole traceback.
+            log.exception("an HTTP request hit a defect of the server")
+            self._refuse(call, Refusal(500, DEFECT))
+        else:
+            if response is not None:
+                self._finish(call, response)
+
+    def _fail(self, call: Call, error: ScoringError) -> None:
+        refusal = as_refusal(error)
+        if call.azure:
+            failed = error.code in (Code.INTERNAL, Code.DEADLINE_EXCEEDED)
+            call.headers.append(("x-ms-run-function-failed", str(failed)))
+            if error.code is Code.INTERNAL:
+                # What Azure ML answers when it is the model that failed.
+                hint = (
+                    ("ms-azureml-model-error-reason", "model_error"),
+                    ("ms-azureml-model-error-statuscode", "500"),
+                )
+                refusal = Refusal(424, error.message, (*refusal.headers, *hint))
+        self._refuse(call, refusal)
+
+    def _refuse(self, call: Call, refusal: Refusal) -> None:
+        self._finish(call, error_response(refusal, "message" if call.azure else "error"))
+
+    def _finish(self, call: Call, response: HttpResponse) -> None:
+        headers = call.request.headers
+        body, extra = response.body, list(response.headers)
+        if "accept-encoding" in headers and len(body) >= SMALLEST:
+            encoding = accepted(headers["accept-encoding"])
+            if encoding:
+                body = compress(body, encoding)
+                extra += [("Content-Encoding", encoding), ("Vary", "Accept-Encoding")]
+        extra += call.headers
+        call.request.respond(
+            HttpResponse(response.status, body, response.content_type, tuple(extra))
+        )
+
+    # --- inference
+
+    def _infer(self, call: Call) -> HttpResponse | None:
+        request, model = call.request, call.params["model"]
+        version = call.params.get("version", "")
+        call.endpoint = model
+        length = _header_length(request.headers)
+        if length == 0:
+            metadata = self._plane.model_metadata(model, version)
+            if len(metadata.inputs) != 1:
+                raise ScoringError(
+                    Code.INVALID_ARGUMENT,
+                    f"model {model!r} has {len(metadata.inputs)} inputs; only for a single one may "
+                    "the body be the tensor alone",
+                )
+            spec = metadata.inputs[0]
+            decoded = decode_only_tensor(request.body, spec, model, version, request.headers)
+        else:
+            decoded = decode_json(
+                request.body,
+                length,
+                model,
+                version,
+                memory=self._memory,
+                headers=request.headers,
+            )
+        self._submit(call, decoded.request, lambda answer: self._inferred(decoded, answer))
+        return None
+
+    def _inferred(self, decoded: DecodedJson, answer: InferenceResponse) -> HttpResponse:
+        body, length = encode_json(answer, decoded, self._memory)
+        if length is None:
+            return HttpResponse(200, body)
+        return HttpResponse(200, body, BINARY, ((HEADER_LENGTH, str(length)),))
+
+    def _submit(
+        self,
+        call: Call,
+        inference: InferenceRequest,
+        encode: Callable[[InferenceResponse], HttpResponse],
+    ) -> None:
+        def done(answer: InferenceResponse | ScoringError) -> None:
+            if isinstance(answer, ScoringError):
+                self._fail(call, answer)
+                return
+            call.version = answer.version
+            self._guarded(call, lambda: encode(answer))
+
+        if self._soon is None or not call.on_loop:
+            self._plane.submit(inference, done)
+            return
+        instance = self._plane.submit(inference, done, wake=False)
+        if not self._waiting:
+            self._soon(self._serve_waiting)
+        self._waiting[instance] = None
+
+    def _serve_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for instance in waiting:
+            instance.serve_here()
+
+    def _score(self, call: Call) -> HttpResponse | None:
+        request = call.request
+        endpoint = call.endpoint = self._endpoint(call)
+        metadata = self._plane.model_metadata(endpoint)
+        body = request.body
+        if call.operation == "score_query":
+            body = decode_query(request.query)
+        elif not _is_json(request.headers.get("content-type", JSON)):
+            raise Refusal(415, "send the header Content-Type: application/json")
+        score = decode_score(body, metadata.inputs)
+        inference = InferenceRequest(
+            model=endpoint,
+            inputs=score.tensors,
+            id=request.headers.get("x-ms-request-id", ""),
+            headers=request.headers,
+        )
+        self._submit(call, inference, lambda answer: self._scored(call, score, answer))
+        return None
+
+    def _scored(self, call: Call, score: Score, answer: InferenceResponse) -> HttpResponse:
+        milliseconds = (monotonic() - call.started) * 1000
+        call.headers += [
+            ("x-ms-run-function-failed", "False"),
+            ("x-ms-run-fn-exec-ms", f"{milliseconds:.3f}"),
+            (DEPLOYMENT_HEADER, answer.version),
+            ("x-ms-server-version", f"gatelet/{self._server_version}"),
+        ]
+        return HttpResponse(200, encode_score(answer, results=score.results))
+
+    def _endpoint(self, call: Call) -> str:
+        """Which endpoint `/score` means. Raises Refusal 404."""
+        routes = self._plane.table.routes
+        named = call.params.get("endpoint")
+        if named is not None:
+            if named not in routes:
+                known = ", ".join(map(repr, sorted(routes)[:10])) or "none"
+                raise Refusal(404, f"endpoint {named!r} is not deployed here; deployed: {known}")
+            return named
+        if len(routes) == 1:
+            return next(iter(routes))
+        wanted = call.request.headers.get(DEPLOYMENT_HEADER)
+        if wanted is not None:
+            having = [
+                endpoint
+                for endpoint, route in routes.items()
+                if any(target.name == wanted for target in route.targets)
+            ]
+            if len(having) == 1:
+                return having[0]
+        if not routes:
+            raise Refusal(404, "no model is deployed here")
+        known = ", ".join(sorted(routes)[:10])
+        raise Refusal(404, f"several endpoints are deployed: {known}; use /score/ENDPOINT")
+
+
+def _header_length(headers: Mapping[str, str]) -> int | None:
+    text = headers.get("inference-header-content-length")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise ScoringError(
+            Code.INVALID_ARGUMENT, f"{HEADER_LENGTH} must be a number of bytes, found {text[:20]!r}"
+        )
+    return int(text)
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == JSON or kind.endswith("+json")

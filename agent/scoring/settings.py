@@ -1,0 +1,28 @@
+"""How the scoring process is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringSettings:
+    """Addresses: host:port or unix:path, "" for none.
+
+    `fabric_socket` None: no FPGA; `board` and `part` say which one it is. `threads`: intra-op
+    threads of a model, `grpc_threads`: calls answered at once, each 0 for what fits the cores.
+    `drain_seconds`: for running requests when told to end. `memory_budget_mb`: of resident
+    models together, the longest unused leaves; 0: no limit."""
+
+    control_socket: str
+    grpc_address: str = "127.0.0.1:8001"
+    http_address: str = "127.0.0.1:8000"
+    metrics_address: str = "127.0.0.1:8002"
+    fabric_socket: str | None = None
+    board: str | None = None
+    part: str | None = None
+    threads: int = 0
+    grpc_threads: int = 0
+    max_message_bytes: int = 64 * 1024 * 1024
+    drain_seconds: float = 10.0
+    memory_budget_mb: int = 0
