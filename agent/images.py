@@ -16,6 +16,7 @@ from ..modules.oci.reference import ImageRef
 from ..modules.oci.store import ContentStore
 from ..modules.oci.transport import RegistrySettings
 from .config import ConfigError, RegistryConfig, read_secret
+from .image_trust import ImageTrust
 from .steps import Progress, StepFailed
 
 T = TypeVar("T")
@@ -32,11 +33,14 @@ class RegistryImages:
         registries: tuple[RegistryConfig, ...],
         board: str | None,
         part: str | None,
+        trust: ImageTrust | None = None,
     ) -> None:
+        """`trust` decides which images may be used; all of them when None."""
         self._store = ContentStore(folder)
         self._registries = {registry.address: registry for registry in registries}
         self._board = board
         self._part = part
+        self._trust = trust
 
     async def stored(self) -> frozenset[str]:
         return frozenset(image.digest for image in self._store.images())
@@ -75,6 +79,7 @@ class RegistryImages:
                     part=self._part,
                     progress=progress,
                     cancelled=cancelled.is_set,
+                    verify=lambda digest, _: self._verify(client, ref, digest),
                 )
             return stored.digest
 
@@ -84,6 +89,24 @@ class RegistryImages:
             # The thread of a cancelled pull ends at its next block.
             cancelled.set()
 
+    async def verify_image(self, image: str, digest: str, credentials: Credentials) -> None:
+        """Check the signature of an image that an engine is to pull, before it does.
+
+        Returns at once where the policy asks for none. Raises StepFailed.
+        """
+
+        def work() -> None:
+            ref = ImageRef.parse(image)
+            with RegistryClient(self._settings(ref.registry, credentials)) as client:
+                self._verify(client, ref, digest)
+
+        if self._trust is not None:
+            await _in_thread(work)
+
+    def _verify(self, client: RegistryClient, ref: ImageRef, digest: str) -> None:
+        if self._trust is not None:
+            self._trust.check(client, ref, digest)
+
     async def find(self, image: str) -> str | None:
         try:
             wanted = ImageRef.parse(image)
@@ -92,6 +115,11 @@ class RegistryImages:
         for stored in self._store.images():
             known = ImageRef.parse(stored.reference)
             if stored.digest == wanted.digest or wanted == replace(known, digest=None):
+                try:
+                    if self._trust is not None:
+                        self._trust.check_stored(wanted, stored.digest)
+                except ImageError as error:
+                    raise StepFailed(str(error), retryable=error.retryable) from error
                 return stored.digest
         return None
 

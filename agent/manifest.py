@@ -108,11 +108,12 @@ def parse_manifest(body: bytes) -> Manifest:
     inner = Node(desired.value)
     if "manifest" in inner.members() and "schemaVersion" not in inner.members():
         raise inner.members()["manifest"].fail(
-            "a manifest by reference is not supported by this version; send the manifest itself"
+            "a reference leads to a whole manifest, not to another reference"
         )
     schema_version = _schema_version(inner)
     fields = inner.fields(
-        ("schemaVersion", "runtime", "systemModules", "modules"), extra=r"\$(version|metadata)"
+        ("schemaVersion", "runtime", "systemModules", "modules"),
+        extra=r"\$(version|metadata)|signed",
     )
     runtime, credentials = _runtime(fields["runtime"])
     system_modules = _system_modules(fields["systemModules"])

@@ -13,6 +13,7 @@ import random
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .clock import Clock
 from .document import ManifestError
@@ -33,7 +34,7 @@ from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)
 
-FETCHING = 202
+FETCHING, FAILED = 202, 500
 SCOPE = "manifest"
 
 
@@ -56,6 +57,21 @@ class Awaited:
         return (
             f"the manifest cannot be fetched: {self.error} (attempt {self.attempts}, trying again)"
         )
+
+    def desired_status(self) -> tuple[int, int, str]:
+        """(version, code, description) for the report, as edgeAgent's lastDesiredStatus."""
+        code = FAILED if self.error else FETCHING
+        return self.pending.version, code, self.description
+
+    def document(self) -> dict[str, Any]:
+        """For `gatelet status --json` and the report's details."""
+        return {
+            "source": self.pending.source,
+            "version": self.pending.version,
+            "url": self.reference.place,
+            "attempts": self.attempts,
+            "error": self.error,
+        }
 
 
 class ManifestSource:

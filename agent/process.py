@@ -23,7 +23,10 @@ from .clock import Clock, SystemClock
 from .conditions import Condition, Start, conditions, note_starts
 from .config import AgentConfig, ConfigError, read_secret
 from .control_server import ControlServer
+from .image_trust import ImageTrust
 from .images import RegistryImages
+from .manifest_fetch import HttpFetch
+from .manifest_source import ManifestSource
 from .methods.commands import DeviceCommands
 from .module_spec import ModuleSpec
 from .outbox import Limits, Outbox
@@ -49,6 +52,7 @@ from .status import (
 from .steps import Executor, Images, ScoringControl, StepFailed
 from .store import StateStore, StoreError
 from .telemetry import LifecycleEvents, limits_for
+from .trust import load_trust
 from .twin.transport import MethodResult, TwinTransport
 
 log = logging.getLogger(__name__)
@@ -117,11 +121,13 @@ class Agent:
         self._store = store
         self._clock = clock
         self._board = board_of(config)
+        trust = load_trust(config.trust)
         self._images = images or RegistryImages(
             config.device.state_dir / "images",
             config.registry,
             None if self._board is None else self._board.name,
             None if self._board is None else self._board.part,
+            ImageTrust(trust, store) if trust.images else None,
         )
         self._scoring = scoring or ScoringLink(config.scoring_socket)
         self._reconciler = Reconciler(
@@ -137,8 +143,22 @@ class Agent:
             self._publish,
             jitter,
         )
+        http_hosts = config.deployment.manifest_http_hosts
+        self._source = ManifestSource(
+            store,
+            self._reconciler,
+            clock,
+            trust=trust,
+            fetch=HttpFetch(config.deployment.manifest_ca_file, http_hosts),
+            http_hosts=http_hosts,
+            retry_seconds=(
+                config.deployment.retry_base_seconds,
+                config.deployment.retry_cap_seconds,
+            ),
+            jitter=jitter,
+        )
         self._publisher = Publisher(
-            links, self._reconciler.submit, {"ping": _ping}, self._link_changed, jitter
+            links, self._source.submit, {"ping": _ping}, self._link_changed, jitter
         )
         self._outbox = outbox
         self._upstream = _upstream(config, links)
@@ -162,7 +182,12 @@ class Agent:
         """Run until `stop` is set or a part of the agent fails, whose error is raised."""
         await self._control.start()
         log.info("agent ready on %s", self._config.agent_socket)
-        work = [stop.wait(), self._reconciler.run(), self._publisher.run()]
+        work = [
+            stop.wait(),
+            self._reconciler.run(),
+            self._publisher.run(),
+            self._source.run(),
+        ]
         if self._sender is not None and self._events is not None:
             self._events.started("agent", uuid.uuid4().hex, os.getpid())
             work.append(self._sender.run())
@@ -182,6 +207,7 @@ class Agent:
 
     def _link_changed(self) -> None:
         self._reconciler.wake()
+        self._source.retry_now()
         if self._sender is not None:
             self._sender.link_changed()
 
@@ -192,7 +218,7 @@ class Agent:
         )
 
     def _apply(self, manifest: bytes) -> Verdict:
-        return self._reconciler.submit(LOCAL, 0, manifest, always=True)
+        return self._source.submit(LOCAL, 0, manifest, always=True)
 
     async def _invoke(self, method: str, payload: Any) -> MethodResult:
         return await self._publisher.method(LOCAL, method, payload)
@@ -235,13 +261,22 @@ class Agent:
                     "dropped": dict(telemetry.dropped),
                     "error": telemetry.error,
                 }
+        awaited = self._source.awaited
+        if awaited is not None:
+            details["fetch"] = awaited.document()
         if self._board is not None:
             details["board"] = {"name": self._board.name, "part": self._board.part}
         return build_reported(
             version=self._version,
             platform=Platform(platform.system().lower(), platform.machine(), platform.release()),
             desired=DesiredStatus(
-                *desired_status(source, seen.get(source), latest, last_good, snapshot.failures)
+                *(
+                    awaited.desired_status()
+                    if awaited is not None and awaited.pending.source == source
+                    else desired_status(
+                        source, seen.get(source), latest, last_good, snapshot.failures
+                    )
+                )
             ),
             modules=[
                 _module_state(condition, specs[condition.module])
@@ -272,6 +307,7 @@ class Agent:
             None
             if self._outbox is None or self._sender is None or self._upstream is None
             else telemetry_document(self._upstream.name, self._sender.sent, self._outbox.status()),
+            None if self._source.awaited is None else self._source.awaited.document(),
         )
 
 

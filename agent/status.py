@@ -27,6 +27,7 @@ def status_document(
     links: tuple[LinkState, ...],
     processes: Mapping[str, Any],
     telemetry: Mapping[str, Any] | None = None,
+    fetch: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `gatelet status --json` prints. Keys are stable; times are ISO 8601 in UTC."""
     specs = {} if snapshot.manifest is None else {m.name: m for m in snapshot.manifest.modules}
@@ -69,6 +70,7 @@ def status_document(
         ],
         "processes": dict(processes),
         "telemetry": telemetry,
+        "fetch": fetch,
     }
 
 

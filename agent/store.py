@@ -331,6 +331,15 @@ class StateStore:
                 (generation, module, canary.step, canary.phase.value, canary.reason),
             )
 
+    def kept_digests(self) -> frozenset[str]:
+        """The images of the last good deployment, which the device may have to return to."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT digest FROM pin WHERE generation = "
+                "(SELECT max(generation) FROM deployment WHERE phase='good')"
+            ).fetchall()
+        return frozenset(row[0] for row in rows)
+
     # -- journal -------------------------------------------------------------------------------
 
     def journal(self, generation: int, step: str, outcome: str, message: str = "") -> None:

@@ -42,6 +42,10 @@ def _status(arguments: argparse.Namespace) -> int:
             print(f"            {deployment['description']}")
         if deployment["rolledBack"]:
             print(f"            running deployment {deployment['lastGood']['generation']} instead")
+    if (fetch := status["fetch"]) is not None:
+        print(f"fetching    {fetch['url']} for {fetch['source']}")
+        if fetch["error"]:
+            print(f"            {fetch['error']} (attempt {fetch['attempts']}, trying again)")
     for link in status["links"]:
         state = "connected" if link["connected"] else f"not connected: {link['reason']}"
         print(f"{link['source']:11} {state}")
