@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,11 +150,13 @@ class SmallDevice:
         number: int = 2,
         strace: list[str] | None = None,
         thread: str = "ready",
+        suffer: Callable[[], None] | None = None,
         **more: Any,
     ) -> Life:
         """Run until a condition holds. `version` "" brings no document, None an empty one.
 
         `strace` are arguments for it; `thread` "ready" is the main thread, "worker" the other.
+        With `suffer` strace lets go when that returns, else when the device ends.
         """
         command = {
             "folder": str(folder),
@@ -179,6 +181,9 @@ class SmallDevice:
             line = tracer.stderr.readline()
             assert "attached" in line, line
         self._say("go")
+        if tracer is not None and suffer is not None:
+            suffer()
+            tracer.terminate()
         answer = json.loads(self._hear())
         if tracer is not None:
             assert tracer.stderr is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 TRACED = (
-    "openat,close,lseek,write,pwrite64,fsync,fdatasync,rename,unlink,unlinkat,rmdir,mkdir,mkdirat,"
+    "openat,close,lseek,write,writev,pwrite64,fsync,fdatasync,rename,unlink,unlinkat,rmdir,mkdir,mkdirat,"
     "ftruncate,fallocate,copy_file_range,sendfile,renameat,renameat2,link,linkat,symlink,symlinkat"
 )
 _NAMED = {
@@ -29,7 +29,16 @@ _NAMED = {
     "unlinkat": "remove",
     "rmdir": "remove",
 }
-_UNKNOWN = {"fallocate", "copy_file_range", "sendfile", "link", "linkat", "symlink", "symlinkat"}
+_UNKNOWN = {
+    "writev",
+    "fallocate",
+    "copy_file_range",
+    "sendfile",
+    "link",
+    "linkat",
+    "symlink",
+    "symlinkat",
+}
 
 _LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)")
 _UNFINISHED = re.compile(r"(\d+) +(\w+\(.*) <unfinished \.\.\.>$")
@@ -122,7 +131,7 @@ class Disk:
         texts = [_unescape(text) for text in _TEXT.findall(arguments)]
         fd = _FD.match(arguments)
         number, path = (int(fd[1]), fd[2]) if fd else (-1, "")
-        if call == "write" and path.startswith("pipe:"):
+        if call == "writev" and path.startswith("pipe:"):
             self.acknowledged += texts[0].decode().split()
             return False
         if call in _NAMED:

@@ -24,14 +24,14 @@ from typing import Any
 
 import urllib3  # noqa: F401  (imported before the fork, not counted in a child)
 from gatelet.agent.clock import SystemClock
-from gatelet.agent.config import AgentConfig, DeviceConfig, RegistryConfig
-from gatelet.agent.outbox import Limits, Outbox, Telemetry
+from gatelet.agent.config import AgentConfig, ConfigError, DeviceConfig, RegistryConfig
+from gatelet.agent.outbox import Limits, Outbox, OutboxError, Telemetry
 from gatelet.agent.plan import InstanceView, Route
 from gatelet.agent.process import Agent
 from gatelet.agent.reconcile import ReconcileSettings
 from gatelet.agent.scoring_env import ScoringOptions
 from gatelet.agent.steps import BackendView, LoadedModel, ScoringView, StepFailed
-from gatelet.agent.store import StateStore
+from gatelet.agent.store import StateStore, StoreError
 from gatelet.modules.model_json import load_model
 from gatelet.modules.oci.store import ContentStore
 
@@ -128,9 +128,40 @@ async def live(command: dict[str, Any], acknowledged: int) -> dict[str, Any]:
         device=DeviceConfig("small", folder / "state", folder / "run", "none"),
         registry=(RegistryConfig(command["registry"], insecure=True),),
     )
-    store = StateStore(folder / "state" / "state.db", SystemClock())
-    outbox = Outbox(folder / "state" / "outbox.db", SystemClock(), Limits())
     scoring = CheckedScoring(command["known"])
+    outcome: dict[str, Any] = {"starts": 0, "told": []}
+    deadline = time.monotonic() + SECONDS
+    while "late" not in outcome:
+        # What the supervisor does when the agent ends, without the wait.
+        outcome["starts"] += 1
+        try:
+            if await _run_agent(config, command, acknowledged, scoring, outcome, deadline):
+                break
+        except (ConfigError, StoreError, OutboxError, OSError) as error:
+            outcome["told"].append(str(error))
+            await asyncio.sleep(0.02)
+            if time.monotonic() > deadline:
+                outcome["late"] = True
+    if command.get("read"):
+        outcome["held"] = await _held(folder)
+        outcome["images"] = sorted(
+            image.model.version for image in ContentStore(folder / "state" / "images").images()
+        )
+    return outcome
+
+
+async def _run_agent(
+    config: AgentConfig,
+    command: dict[str, Any],
+    acknowledged: int,
+    scoring: CheckedScoring,
+    outcome: dict[str, Any],
+    deadline: float,
+) -> bool:
+    """One life of the agent: True when what is waited for holds, or will not in time."""
+    folder = config.device.state_dir
+    store = StateStore(folder / "state.db", SystemClock())
+    outbox = Outbox(folder / "outbox.db", SystemClock(), Limits())
     watches: list[Watch] = []
 
     def control(*arguments: Any, **named: Any) -> Watch:
@@ -149,51 +180,68 @@ async def live(command: dict[str, Any], acknowledged: int) -> dict[str, Any]:
     )
     stop = asyncio.Event()
     running = asyncio.ensure_future(agent.run(stop))
-    for number in range(MESSAGES if command.get("send") else 0):
-        key = f"{command['send']}-{number}"
-        await outbox.put(Telemetry(key.encode(), key=key))
-        os.write(acknowledged, f"{key}\n".encode())
-    if command.get("manifest"):
-        body = json.dumps(command["manifest"]).encode()
-        verdict = agent._reconciler.submit("iothub", command["version"], body)
-        assert verdict.code == 200, verdict
-    deadline = time.monotonic() + SECONDS
-    outcome: dict[str, Any] = {}
-    while True:
-        watches[0].looked.clear()
-        latest, good = store.latest(), store.last_good()
-        outcome = {
-            "serving": scoring.serving(),
-            "endpoints": sorted(scoring.serving()),
-            "latest": None if latest is None else [latest.version, latest.phase],
-            "good": None if good is None else good.version,
-            "description": "" if latest is None else latest.description,
-            "damaged": scoring.damaged,
-            "gaps": scoring.gaps,
-        }
-        if all(outcome[key] == value for key, value in command["until"].items()):
-            break
-        if time.monotonic() > deadline or running.done():
-            outcome["late"] = True
-            break
-        timer = asyncio.get_running_loop().call_later(0.05, watches[0].looked.set)
-        await watches[0].looked.wait()
-        timer.cancel()
-    stop.set()
-    await asyncio.gather(running)
-    if command.get("read"):
-        held = []
-        while (head := outbox.head()) is not None:
-            held.append(head.body.decode())
-            outbox.acknowledge(head.sequence)
-        outcome["held"] = held
-        outcome["images"] = sorted(
-            image.model.version for image in ContentStore(folder / "state" / "images").images()
-        )
-    else:
+    sending = asyncio.ensure_future(_send(outbox, command.get("send", ""), acknowledged))
+    try:
+        if command.get("manifest"):
+            body = json.dumps(command["manifest"]).encode()
+            verdict = agent._reconciler.submit("iothub", command["version"], body)
+            assert verdict.code == 200, verdict
+        while not running.done():
+            watches[0].looked.clear()
+            latest, good = store.latest(), store.last_good()
+            outcome |= {
+                "serving": scoring.serving(),
+                "endpoints": sorted(scoring.serving()),
+                "latest": None if latest is None else [latest.version, latest.phase],
+                "good": None if good is None else good.version,
+                "description": "" if latest is None else latest.description,
+                "damaged": scoring.damaged,
+                "gaps": scoring.gaps,
+            }
+            for text in (failure.message for failure in agent._snapshot.failures):
+                if text not in outcome["told"]:
+                    outcome["told"].append(text)
+            if all(outcome[key] == value for key, value in command["until"].items()):
+                await sending
+                return True
+            if time.monotonic() > deadline:
+                outcome["late"] = True
+                return True
+            timer = asyncio.get_running_loop().call_later(0.05, watches[0].looked.set)
+            await watches[0].looked.wait()
+            timer.cancel()
+        running.result()
+        return False
+    finally:
+        stop.set()
+        sending.cancel()
+        await asyncio.gather(running, sending, return_exceptions=True)
         await outbox.close()
-    store.close()
-    return outcome
+        store.close()
+
+
+async def _send(outbox: Outbox, name: str, acknowledged: int) -> None:
+    for number in range(MESSAGES if name else 0):
+        key = f"{name}-{number}"
+        while True:
+            try:
+                await outbox.put(Telemetry(key.encode(), key=key))
+            except OutboxError:
+                await asyncio.sleep(0.02)
+            else:
+                break
+        # Not write: some tests let that fail.
+        os.writev(acknowledged, [f"{key}\n".encode()])
+
+
+async def _held(folder: Path) -> list[str]:
+    outbox = Outbox(folder / "state" / "outbox.db", SystemClock(), Limits())
+    held = []
+    while (head := outbox.head()) is not None:
+        held.append(head.body.decode())
+        outbox.acknowledge(head.sequence)
+    await outbox.close()
+    return held
 
 
 def main() -> None:
@@ -207,11 +255,11 @@ def main() -> None:
         if pid == 0:
             POOL = ThreadPoolExecutor(1)
             worker = POOL.submit(threading.get_native_id).result()
-            os.write(results_in, json.dumps({"ready": os.getpid(), "worker": worker}).encode())
-            os.write(results_in, b"\n")
+            ready = json.dumps({"ready": os.getpid(), "worker": worker})
+            os.writev(results_in, [ready.encode(), b"\n"])
             os.read(go, 1)
             outcome = asyncio.run(live(command, acks_in))
-            os.write(results_in, json.dumps(outcome).encode() + b"\n")
+            os.writev(results_in, [json.dumps(outcome).encode(), b"\n"])
             os._exit(0)
         for end in (results_in, acks_in, go):
             os.close(end)
