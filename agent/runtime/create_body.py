@@ -15,6 +15,7 @@ from .container import (
     DEVICE_LABEL,
     DIGEST_LABEL,
     MODULE_LABEL,
+    SCORING_LABEL,
     ContainerSpec,
     canonical_body,
 )
@@ -115,6 +116,12 @@ def create_body(
     if problems:
         raise _refused(spec.name, problems)
     name = container_name(spec.name)
+    if scoring:
+        # The image may have said so; the container alone shall tell.
+        body["Labels"] = {
+            SCORING_LABEL: facts.image_labels.get(SCORING_LABEL, ""),
+            **body.get("Labels", {}),
+        }
     body["Labels"] = {
         **body.get("Labels", {}),
         MODULE_LABEL: spec.name,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from ...modules.errors import InvalidReference
-from ...modules.oci.reference import DEFAULT_REGISTRY, ImageRef
 from .container import (
     DEVICE_LABEL,
     MODULE_LABEL,
@@ -32,20 +28,13 @@ from .container import (
 )
 from .create_rules import CREATED_LABEL
 from .drift import drift
-from .engine_errors import explained, unreachable
-from .inspection import container_view, engine_image
-from .log_frames import LogDecoder
+from .engine_errors import unreachable
+from .engine_images import image_id, images, pull, reference, remove_image, tag_present
+from .engine_link import Client, EngineLink, inspected
+from .engine_logs import read_logs
+from .inspection import container_view
 from .policy import DockerPolicy, mount_refusal
-from .pull_progress import PullMeter
-from .thread_stream import thread_stream
-
-if TYPE_CHECKING:
-    from .engine_connection import EngineConnection
-
-T = TypeVar("T")
-
-Client = Any
-"""`docker.APIClient`, whose stubs leave most of what is used here untyped."""
+from .scoring_module import shared_folder
 
 _EVENTS = (
     *("create", "start", "restart", "stop", "kill", "die", "oom", "destroy"),
@@ -53,9 +42,8 @@ _EVENTS = (
 )
 """Not exec_create and the like: each health check makes some."""
 
-_DOCKER_HUB = (DEFAULT_REGISTRY, "index.docker.io", "https://index.docker.io/v1/")
 _REMOVAL_SECONDS = 20.0
-_FOLLOW_PAUSE = 0.5
+_REMEMBERED = 1000
 
 
 class DockerRuntime:
@@ -84,12 +72,7 @@ class DockerRuntime:
         self._network = network
         self._policy = policy
         self._protected = protected
-        self._timeout = timeout
-        self._threads = ThreadPoolExecutor(4, "engine")
-        self._lock = threading.Lock()
-        self._api_version = ""
-        self._connection: EngineConnection | None = None
-        self._streams: set[EngineConnection] = set()
+        self._link = EngineLink(socket, timeout)
         self._image_configs: dict[str, Mapping[str, Any]] = {}
         # What an engine made of a body by itself right when it created it, by container id.
         self._engines_own: dict[str, frozenset[str]] = {}
@@ -107,23 +90,15 @@ class DockerRuntime:
                 root_dir=info.get("DockerRootDir", ""),
             )
 
-        return await self._call("ask the engine", work)
+        return await self._link.call("ask the engine", work)
 
     async def close(self) -> None:
-        with self._lock:
-            streams = [*self._streams]
-            connection, self._connection = self._connection, None
-        for stream in streams:
-            stream.abort()
-        if connection is not None:
-            connection.abort()
-            connection.close()
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._link.close()
 
     # Images
 
     async def images(self) -> tuple[EngineImage, ...]:
-        return await self._call("list images", _images)
+        return await self._link.call("list images", images)
 
     async def pull(
         self,
@@ -132,27 +107,20 @@ class DockerRuntime:
         credentials: tuple[tuple[str, str, str], ...],
         on_progress: Callable[[PullProgress], None],
     ) -> None:
-        ref = _reference(image)
+        ref = reference(image)
         doing = f"pull {image} at {digest}"
-        if await self._call(doing, lambda client: _tag_present(client, ref, digest)):
+
+        def present(client: Client) -> bool:
+            return tag_present(client, ref, digest)
+
+        def produce(client: Client, put: Callable[[PullProgress], None]) -> None:
+            pull(client, ref, digest, (*credentials, *self._logins), doing, put)
+
+        if await self._link.call(doing, present):
             return
-        login = self._login(ref.registry, credentials)
-
-        def produce(connection: EngineConnection, put: Callable[[PullProgress], None]) -> None:
-            meter = PullMeter()
-            messages = connection.client.pull(
-                _repository(ref), tag=digest, stream=True, decode=True, auth_config=login
-            )
-            for message in messages:
-                if said := message.get("error"):
-                    raise explained(doing, str(said), host=ref.registry)
-                progress = meter.take(message)
-                if progress is not None:
-                    put(progress)
-
-        async for progress in self._stream(doing, produce, host=ref.registry):
+        async for progress in self._link.stream(doing, produce, host=ref.registry):
             on_progress(progress)
-        if not await self._call(doing, lambda client: _tag_present(client, ref, digest)):
+        if not await self._link.call(doing, present):
             raise RuntimeFailed(
                 f"cannot {doing}: the engine ended the transfer without the image; "
                 "it is tried again",
@@ -160,29 +128,8 @@ class DockerRuntime:
             )
 
     async def remove_image(self, digest: str) -> None:
-        def work(client: Client) -> None:
-            from docker.errors import NotFound
-
-            for found in _images(client):
-                if digest not in (*found.digests, found.id):
-                    continue
-                for container in client.containers(all=True):
-                    if container["ImageID"] == found.id:
-                        name = container["Names"][0].lstrip("/")
-                        raise RuntimeFailed(
-                            f"cannot remove image {digest}: container {name} uses it; "
-                            "remove that first",
-                            retryable=True,
-                        )
-                listed = client.inspect_image(found.id)
-                # By each of its names: by id the engine refuses an image with several.
-                names = [*(listed.get("RepoTags") or []), *(listed.get("RepoDigests") or [])]
-                for name in names or [found.id]:
-                    with contextlib.suppress(NotFound):
-                        client.remove_image(name)
-                self._image_configs.pop(found.id, None)
-
-        await self._call(f"remove image {digest}", work)
+        doing = f"remove image {digest}"
+        await self._link.call(doing, lambda client: remove_image(client, digest))
 
     # Containers
 
@@ -196,21 +143,22 @@ class DockerRuntime:
                 with contextlib.suppress(NotFound):
                     inspect = client.inspect_container(listed["Id"])
                     views.append(container_view(inspect, self._drift(client, inspect)))
-            self._engines_own = {
-                view.id: own
-                for view in views
-                if (own := self._engines_own.get(view.id)) is not None
-            }
             return tuple(sorted(views, key=lambda view: (view.module, view.name)))
 
-        return await self._call("list containers", work)
+        return await self._link.call("list containers", work)
 
     async def create(self, spec: ContainerSpec) -> None:
         doing = f"create container {spec.name}"
-        await self._call(doing, lambda client: self._create(client, spec, doing))
+        await self._link.call(doing, lambda client: self._create(client, spec, doing))
 
     async def start(self, name: str) -> None:
-        await self._call(f"start container {name}", lambda client: client.start(name))
+        def work(client: Client) -> None:
+            inspect = client.inspect_container(name)
+            # Folders in /run do not outlive a reboot, containers do.
+            _make_shared_folder({**inspect["Config"], "HostConfig": inspect["HostConfig"]})
+            client.start(name)
+
+        await self._link.call(f"start container {name}", work)
 
     async def stop(self, name: str, timeout: float = 10.0) -> None:
         def work(client: Client) -> None:
@@ -219,55 +167,31 @@ class DockerRuntime:
             with contextlib.suppress(NotFound):
                 client.stop(name, timeout=math.ceil(timeout))
 
-        await self._call(f"stop container {name}", work)
+        await self._link.call(f"stop container {name}", work)
 
     async def remove(self, name: str) -> None:
-        await self._call(f"remove container {name}", lambda client: _remove(client, name))
+        await self._link.call(f"remove container {name}", lambda client: _remove(client, name))
 
     async def logs(self, name: str, wanted: LogFilter, *, follow: bool) -> AsyncIterator[LogLine]:
         doing = f"read the logs of container {name}"
 
-        def produce(connection: EngineConnection, put: Callable[[LogLine], None]) -> None:
-            client = connection.client
-            query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1}
-            query["follow"] = int(follow)
-            query["tail"] = "all" if wanted.tail is None else str(wanted.tail)
-            for key, at in (("since", wanted.since), ("until", wanted.until)):
-                if at is not None:
-                    query[key] = _timestamp(at)
-            identity = ""
-            while (inspect := _inspect(client, name)) is not None:
-                if identity not in ("", inspect["Id"]):
-                    return
-                identity = inspect["Id"]
-                decoder = LogDecoder(bool(inspect["Config"].get("Tty")))
-                _read_logs(client, identity, query, decoder, put)
-                if not follow:
-                    return
-                if decoder.last:
-                    query |= {"since": _after(decoder.last), "tail": "all"}
-                if not _runs_again(client, identity):
-                    return
-            if not identity:
-                raise RuntimeFailed(
-                    f"cannot {doing}: there is no such container; 'gatelet list' names all",
-                    retryable=False,
-                )
+        def produce(client: Client, put: Callable[[LogLine], None]) -> None:
+            read_logs(client, name, wanted, follow, doing, put)
 
-        async for line in self._stream(doing, produce):
+        async for line in self._link.stream(doing, produce):
             yield line
 
     async def events(self) -> AsyncIterator[None]:
         doing = "watch the engine"
         waiting = threading.Event()
 
-        def produce(connection: EngineConnection, put: Callable[[None], None]) -> None:
+        def produce(client: Client, put: Callable[[None], None]) -> None:
             wanted = {
                 "type": ["container"],
                 "label": [f"{DEVICE_LABEL}={self._device}"],
                 "event": list(_EVENTS),
             }
-            messages = connection.client.events(decode=True, filters=wanted)
+            messages = client.events(decode=True, filters=wanted)
             # What happened before the engine listened to us may be news as well.
             put(None)
             for _ in messages:
@@ -276,120 +200,12 @@ class DockerRuntime:
                     put(None)
             raise unreachable(doing, str(self._socket), "it ended the connection")
 
-        async for _ in self._stream(doing, produce):
+        async for _ in self._link.stream(doing, produce):
             waiting.clear()
             yield None
 
-    # What the calls share
-
-    async def _call(self, doing: str, work: Callable[[Client], T]) -> T:
-        def run() -> T:
-            with self._explaining(doing):
-                return work(self._shared().client)
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
-        except RuntimeError as error:
-            # The executor takes nothing more after `close`.
-            raise RuntimeFailed(f"cannot {doing}: {error}", retryable=True) from error
-
-    async def _stream(
-        self,
-        doing: str,
-        produce: Callable[[EngineConnection, Callable[[T], None]], None],
-        *,
-        host: str = "the registry",
-    ) -> AsyncIterator[T]:
-        """On a connection of its own, which ends with it."""
-        connection: EngineConnection | None = None
-        stopped = threading.Event()
-
-        def run(put: Callable[[T], None]) -> None:
-            nonlocal connection
-            with self._explaining(doing, host):
-                connection = self._connect()
-                with self._lock:
-                    self._streams.add(connection)
-                try:
-                    if not stopped.is_set():
-                        produce(connection, put)
-                finally:
-                    with self._lock:
-                        self._streams.discard(connection)
-                    connection.close()
-
-        def abort() -> None:
-            stopped.set()
-            if connection is not None:
-                connection.abort()
-
-        items = thread_stream(run, abort)
-        try:
-            async for item in items:
-                yield item
-        finally:
-            await items.aclose()  # type: ignore[attr-defined]
-
-    def _shared(self) -> EngineConnection:
-        with self._lock:
-            if self._connection is None:
-                self._connection = self._connect_unlocked()
-            return self._connection
-
-    def _connect(self) -> EngineConnection:
-        with self._lock:
-            return self._connect_unlocked()
-
-    def _connect_unlocked(self) -> EngineConnection:
-        from .engine_connection import EngineConnection, negotiate
-
-        if not self._api_version:
-            self._api_version = negotiate(self._socket, self._timeout)
-        return EngineConnection(self._socket, self._api_version, self._timeout)
-
-    @contextlib.contextmanager
-    def _explaining(self, doing: str, host: str = "the registry") -> Iterator[None]:
-        """Everything the SDK raises becomes RuntimeFailed."""
-        import requests
-        import urllib3
-        from docker.errors import APIError, DockerException
-
-        from .engine_connection import UnsupportedEngine
-
-        try:
-            yield
-        except APIError as error:
-            said = str(error.explanation or error)
-            raise explained(doing, said, status=error.status_code, host=host) from error
-        except UnsupportedEngine as error:
-            raise RuntimeFailed(f"cannot {doing}: {error}", retryable=True) from error
-        except (
-            DockerException,
-            requests.RequestException,
-            urllib3.exceptions.HTTPError,
-            OSError,
-        ) as error:
-            # Another engine may answer next time.
-            self._api_version = ""
-            raise unreachable(doing, str(self._socket), _innermost(error)) from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise RuntimeFailed(
-                f"cannot {doing}: the engine's answer is not understood ({error!r})",
-                retryable=True,
-            ) from error
-
-    def _login(
-        self, host: str, credentials: tuple[tuple[str, str, str], ...]
-    ) -> dict[str, str | None]:
-        """Never nothing: the SDK would look into somebody's ~/.docker."""
-        names = _DOCKER_HUB if host == DEFAULT_REGISTRY else (host,)
-        for address, username, password in (*credentials, *self._logins):
-            if address in names:
-                return {"username": username, "password": password}
-        return {}
-
     def _create(self, client: Client, spec: ContainerSpec, doing: str) -> None:
-        leftover = _inspect(client, spec.name)
+        leftover = inspected(client, spec.name)
         if leftover is not None:
             labels = leftover["Config"].get("Labels") or {}
             if labels.get(DEVICE_LABEL) != self._device or MODULE_LABEL not in labels:
@@ -407,10 +223,11 @@ class DockerRuntime:
             ):
                 return
             _remove(client, leftover["Id"])
-        image_id = _image_id(client, spec, doing)
+        image = image_id(client, spec, doing)
         body: dict[str, Any] = json.loads(spec.body)
         self._check_mounts(body, doing)
-        created = {"name": spec.name, "image": image_id, "body": body}
+        _make_shared_folder(body)
+        created = {"name": spec.name, "image": image, "body": body}
         sent = dict(body)
         sent["Labels"] = {
             **(body.get("Labels") or {}),
@@ -428,6 +245,8 @@ class DockerRuntime:
                 retryable=True,
             )
         self._engines_own[identity] = own
+        while len(self._engines_own) > _REMEMBERED:
+            del self._engines_own[next(iter(self._engines_own))]
 
     def _send(self, client: Client, name: str, body: Mapping[str, Any]) -> str:
         from docker.errors import NotFound
@@ -457,8 +276,9 @@ class DockerRuntime:
             for mount in host.get("Mounts") or []
             if mount.get("Type") == "bind"
         ]
+        own = shared_folder(body)
         for source, read_only in sources:
-            if not source.startswith("/"):
+            if not source.startswith("/") or source == own:
                 continue
             real = str(Path(source).resolve())
             if real == str(Path(source)):
@@ -492,64 +312,18 @@ class DockerRuntime:
         return drift(created["name"], created["image"], created["body"], inspect, config)
 
 
-def _reference(image: str) -> ImageRef:
-    try:
-        return ImageRef.parse(image)
-    except InvalidReference as error:
-        raise RuntimeFailed(str(error), retryable=False) from error
-
-
-def _repository(ref: ImageRef) -> str:
-    return f"{ref.registry}/{ref.repository}"
-
-
-def _images(client: Client) -> tuple[EngineImage, ...]:
-    return tuple(engine_image(listed) for listed in client.images())
-
-
-def _tag_present(client: Client, ref: ImageRef, digest: str) -> bool:
-    """Whether the image is there at `digest`; if so, its name stands for it."""
-    from docker.errors import NotFound
-
-    try:
-        found = client.inspect_image(f"{_repository(ref)}@{digest}")
-    except NotFound:
-        return False
-    if ref.tag is not None:
-        client.tag(found["Id"], _repository(ref), ref.tag)
-    return True
-
-
-def _image_id(client: Client, spec: ContainerSpec, doing: str) -> str:
-    """The id of the image that `spec` is pinned to; its name then stands for it."""
-    from docker.errors import NotFound
-
-    named: Mapping[str, Any] = {}
-    with contextlib.suppress(NotFound):
-        named = client.inspect_image(spec.image)
-    known = [name.partition("@")[2] for name in named.get("RepoDigests") or []]
-    if named and (not spec.digest or spec.digest in (*known, named["Id"])):
-        return str(named["Id"])
-    for found in _images(client):
-        if spec.digest and spec.digest in (*found.digests, found.id):
-            ref = _reference(spec.image)
-            if ref.tag is not None:
-                client.tag(found.id, _repository(ref), ref.tag)
-            return found.id
-    raise RuntimeFailed(
-        f"cannot {doing}: the engine has no {spec.image} at {spec.digest or 'any digest'}; "
-        "it has to be pulled first",
-        retryable=True,
-    )
-
-
-def _inspect(client: Client, name: str) -> dict[str, Any] | None:
-    from docker.errors import NotFound
-
-    try:
-        return dict(client.inspect_container(name))
-    except NotFound:
-        return None
+def _make_shared_folder(body: Mapping[str, Any]) -> None:
+    """For the socket of a scoring module; the agent's group reaches it, and the container's user
+    where that is a number."""
+    path = shared_folder(body)
+    if path is None:
+        return
+    folder = Path(path)
+    folder.mkdir(mode=0o770, parents=True, exist_ok=True)
+    user = str(body.get("User") or "").partition(":")[0]
+    if user.isdecimal() and os.geteuid() == 0:
+        os.chown(folder, int(user), -1)
+    folder.chmod(0o770)
 
 
 def _remove(client: Client, name: str) -> None:
@@ -568,57 +342,3 @@ def _remove(client: Client, name: str) -> None:
             time.sleep(0.1)
         else:
             return
-
-
-def _read_logs(
-    client: Client,
-    identity: str,
-    query: Mapping[str, Any],
-    decoder: LogDecoder,
-    put: Callable[[LogLine], None],
-) -> None:
-    """The SDK's own `logs` does not say which stream a line came from."""
-    from docker.errors import APIError
-
-    url = f"{client.base_url}/v{client.api_version}/containers/{identity}/logs"
-    with client.get(url, params=query, stream=True, timeout=None) as response:
-        if not response.ok:
-            raise APIError(
-                f"{response.status_code}", response=response, explanation=response.text[:600]
-            )
-        for data in response.raw.stream(64 * 1024, decode_content=False):
-            for line in decoder.feed(data):
-                put(line)
-        for line in decoder.end():
-            put(line)
-
-
-def _runs_again(client: Client, identity: str) -> bool:
-    """Waits until a stopped container runs again; False when it is removed."""
-    while (inspect := _inspect(client, identity)) is not None:
-        if inspect["State"].get("Running"):
-            return True
-        time.sleep(_FOLLOW_PAUSE)
-    return False
-
-
-def _timestamp(at: datetime) -> str:
-    return f"{at.timestamp():.6f}"
-
-
-def _after(stamp: str) -> str:
-    """One nanosecond after `stamp`, as Docker writes times."""
-    head, _, fraction = stamp.removesuffix("Z").partition(".")
-    nanoseconds = int(fraction.ljust(9, "0")[:9] or 0) + 1
-    whole = int(datetime.fromisoformat(f"{head}+00:00").timestamp())
-    return f"{whole + nanoseconds // 10**9}.{nanoseconds % 10**9:09}"
-
-
-def _innermost(error: BaseException) -> str:
-    """What is wrong, without the layers of libraries around it."""
-    import re
-
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    text = str(error) or type(error).__name__
-    return re.sub(r"<[^>]*object at 0x[0-9a-f]+>", "", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
 from .container import SCORING_LABEL
 
@@ -14,9 +15,6 @@ SOCKET_NAME = "scoring.sock"
 
 SOCKET_VARIABLE = "GATELET_SCORING_SOCKET"
 """Tells a scoring module where to listen: `/run/gatelet/scoring.sock`."""
-
-MODEL_LABEL = SCORING_LABEL
-"""Its value is the model's name in the container; blank or "true" for the module's own name."""
 
 SOCKET_LIMIT = 107
 """Bytes of a socket's path (unix(7))."""
@@ -40,6 +38,20 @@ def is_scoring(labels: Mapping[str, str]) -> bool:
 
 
 def model_name(labels: Mapping[str, str], module: str) -> str:
-    """The model to ask for: the label's value when it is a name, else the module's name."""
+    """The model to ask the container for: the label's value when it is a name, else the
+    module's name."""
     value = labels.get(SCORING_LABEL, "").strip()
     return module if value.lower() in ("", "true", "1", "yes", *_NO) else value
+
+
+def shared_folder(body: Mapping[str, Any]) -> str | None:
+    """The host folder that gatelet itself mounts into a container, None without.
+
+    `body` is a create body made by `create_body`, or what the engine keeps of it.
+    """
+    if not is_scoring(body.get("Labels") or {}):
+        return None
+    for mount in (body.get("HostConfig") or {}).get("Mounts") or ():
+        if mount.get("Target") == MOUNT:
+            return str(mount["Source"])
+    return None

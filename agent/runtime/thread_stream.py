@@ -7,8 +7,6 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-from .container import RuntimeFailed
-
 T = TypeVar("T")
 
 _JOIN_SECONDS = 10.0
@@ -27,14 +25,14 @@ async def thread_stream(
     """The items that `produce(put)` puts in a thread of its own, until it returns.
 
     `put` waits while `capacity` items are not taken yet. `abort` is called, from the loop, when the
-    consumer stops early or is cancelled; it makes `produce` end. Raises RuntimeFailed of `produce`.
+    consumer stops early or is cancelled; it makes `produce` end. Raises what `produce` raises.
     """
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[tuple[T] | RuntimeFailed | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
     room = threading.Semaphore(capacity)
     stopped = threading.Event()
 
-    def hand(item: tuple[T] | RuntimeFailed | None) -> None:
+    def hand(item: tuple[T] | Exception | None) -> None:
         if stopped.is_set():
             raise _Stopped
         loop.call_soon_threadsafe(queue.put_nowait, item)
@@ -47,7 +45,9 @@ async def thread_stream(
         try:
             try:
                 produce(put)
-            except RuntimeFailed as error:
+            except _Stopped:
+                return
+            except Exception as error:  # noqa: BLE001 - the consumer raises it
                 hand(error)
             else:
                 hand(None)
@@ -58,7 +58,7 @@ async def thread_stream(
     thread.start()
     try:
         while (item := await queue.get()) is not None:
-            if isinstance(item, RuntimeFailed):
+            if isinstance(item, Exception):
                 raise item
             room.release()
             yield item[0]
