@@ -376,9 +376,8 @@ class FabricDriver:
 
 def _state_file(device: Any) -> Path | None:
     """Where pynq notes, for all processes, what the fabric was configured with last."""
-    own = getattr(device, "state_file", None)
-    if own is not None:
-        return Path(own)
+    if hasattr(device, "state_file"):
+        return Path(device.state_file) if device.state_file is not None else None
     try:
         import pynq.pl_server.global_state as global_state
     except ImportError:  # before pynq 3

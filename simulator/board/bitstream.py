@@ -25,7 +25,7 @@ from .network import DenseLayer, encode_network
 __all__ = ["DenseLayer", "write_overlay_package"]
 
 # A bitstream carries its build time; a fixed one keeps packages reproducible.
-_DATE, _TIME = "2024/01/01", "00:00:00"
+DATE, TIME = "2024/01/01", "00:00:00"
 
 
 def write_overlay_package(
@@ -55,9 +55,9 @@ def write_overlay_package(
     content = encode_bitfile(
         Bitfile(
             design=f"{name};UserID=0XFFFFFFFF;Version=2022.1",
-            part=_header_part(part),
-            date=_DATE,
-            time=_TIME,
+            part=header_part(part),
+            date=DATE,
+            time=TIME,
             data=encode_network(layers),
         )
     )
@@ -99,7 +99,7 @@ def _port(spec: TensorSpec, scale: float, zero_point: int) -> dict[str, Any]:
     }
 
 
-def _header_part(part: str) -> str:
+def header_part(part: str) -> str:
     """The part as Vivado writes it into a .bit header: short for the 7 series, full for later."""
     lower = part.lower()
     return lower[2:].rpartition("-")[0] if lower.startswith("xc7") else lower

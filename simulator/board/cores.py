@@ -6,7 +6,14 @@ from typing import Protocol
 
 import numpy as np
 
+from .ap_core import ApCore, Dataflow
+from .container import MAGIC as CONTAINER_MAGIC
+from .container import Container, decode_container
+from .engines import Engine, open_engine
+from .faults import FaultFile
+from .memory import ContiguousMemory
 from .network import MAGIC, DenseLayer, decode_network, run_network
+from .registers import RegisterBank, RegisterModel
 
 
 class StreamCore(Protocol):
@@ -39,9 +46,57 @@ class NetworkCore:
         return run_network(self._layers, items).tobytes()
 
 
-def synthesise(data: bytes) -> StreamCore:
-    """The core that configuration data describes: a network container, else a loopback.
+class EngineStream:
+    """An engine with one input and one output between the streams. Waits for whole items."""
 
-    Raises ValueError when the container is damaged.
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pending = b""
+
+    def process(self, packet: bytes) -> bytes:
+        stream = self._pending + packet
+        (size,) = self._engine.item_bytes
+        whole = len(stream) // size * size
+        self._pending = stream[whole:]
+        return self._engine.run([stream[:whole]], {})[0] if whole else b""
+
+
+class Configuration:
+    """The fabric as configuration data makes it: a stream core, and registers by core name.
+
+    A network container, a container with an engine, else a loopback. Raises ValueError when the
+    data is damaged.
     """
-    return NetworkCore(decode_network(data)) if data.startswith(MAGIC) else LoopbackCore()
+
+    def __init__(self, data: bytes, memory: ContiguousMemory, faults: FaultFile) -> None:
+        self._banks: dict[str, RegisterBank] = {}
+        self._registers: dict[str, RegisterModel] = {}
+        self._stream: StreamCore = LoopbackCore()
+        if data.startswith(MAGIC):
+            self._stream = NetworkCore(decode_network(data))
+        elif data.startswith(CONTAINER_MAGIC):
+            self._open(decode_container(data), memory, faults)
+
+    def stream(self) -> StreamCore:
+        """What is between the channels of a DMA."""
+        return self._stream
+
+    def registers(self, name: str) -> RegisterModel:
+        """The registers of the core called `name`; plain ones where nothing listens."""
+        return self._registers.get(name) or self._banks.setdefault(name, RegisterBank())
+
+    def _open(self, container: Container, memory: ContiguousMemory, faults: FaultFile) -> None:
+        if container.engine.get("kind") == "rtl":
+            from .rtl_core import RtlStreamCore
+
+            core = RtlStreamCore(container.engine)
+            self._stream = core
+            self._registers[core.name] = core
+            return
+        engine = open_engine(container)
+        if not container.cores:
+            self._stream = EngineStream(engine)
+            return
+        dataflow = Dataflow(engine, memory, faults, self._banks)
+        for described in container.cores:
+            self._registers[str(described["name"])] = ApCore(described, dataflow)

@@ -20,12 +20,12 @@ from pynqmetadata.frontends import Metadata
 from ...accelerators.fpga.bitfile import parse_bitfile
 from ...accelerators.fpga.board import same_part
 from .boards import SimulatedBoard
-from .cores import synthesise
+from .cores import Configuration
 from .design import Design, read_design
 from .dma import AxiDma
 from .faults import FaultFile
 from .memory import ContiguousMemory
-from .registers import Bus, RegisterBank, zynq7_clocks, zynqmp_clocks
+from .registers import Bus, zynq7_clocks, zynqmp_clocks
 
 _CLOCK_WINDOW = 0x1000
 # A clock may exceed what timing was closed for by the rounding of its dividers, not more.
@@ -42,7 +42,12 @@ class SimulatedDevice(Device):  # type: ignore[misc]
     def _probe_(cls) -> list[SimulatedDevice]:
         return list(cls._installed)
 
-    def __init__(self, board: SimulatedBoard, faults: FaultFile | None = None) -> None:
+    def __init__(
+        self,
+        board: SimulatedBoard,
+        faults: FaultFile | None = None,
+        state_file: Path | None = None,
+    ) -> None:
         super().__init__(f"simulated-{board.name}")
         self.board = board
         self.name = board.name
@@ -51,6 +56,8 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self.memory = ContiguousMemory(board.memory_base, board.memory_size)
         self.faults = faults or FaultFile()
         self.design: Design | None = None
+        self.fabric: Configuration | None = None
+        self.state_file = state_file
         self.downloads = 0
         self._clocks = zynq7_clocks() if board.arch == "armv7l" else zynqmp_clocks()
         self._bus = self._empty_bus()
@@ -87,20 +94,34 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self._check_clock(parser)
         design = read_design(parser)
         bus = self._empty_bus()
+        try:
+            fabric = Configuration(bitfile.data, self.memory, self.faults)
+        except ValueError as error:
+            raise OSError(errno.EIO, f"configuration failed: {error}") from error
         for cell in design.dmas:
-            try:
-                core = synthesise(bitfile.data)
-            except ValueError as error:
-                raise OSError(errno.EIO, f"configuration failed: {error}") from error
-            bus.attach(
-                cell.base, cell.size, AxiDma(self.memory, core, cell.length_width, self.faults)
-            )
-        for _, base, size in design.others:
-            bus.attach(base, size, RegisterBank())
+            dma = AxiDma(self.memory, fabric.stream(), cell.length_width, self.faults)
+            bus.attach(cell.base, cell.size, dma)
+        for name, base, size in design.others:
+            bus.attach(base, size, fabric.registers(name))
+        self.fabric = fabric
         self._bus = bus
         self.design = design
         self.downloads += 1
+        self._note(str(bitstream.bitfile_name))
         self.post_download(bitstream, parser, self.name)
+
+    def configure_elsewhere(self) -> None:
+        """What another process does to this one: the fabric holds a design nobody here knows."""
+        self._bus = self._empty_bus()
+        self.design = self.fabric = None
+        self._note("another process")
+
+    def _note(self, what: str) -> None:
+        if self.state_file is not None:
+            # A new file each time, as its identity is what others compare.
+            beside = self.state_file.with_name(self.state_file.name + ".new")
+            beside.write_text(f'{{"bitfile_name": "{what}", "downloads": {self.downloads}}}')
+            beside.replace(self.state_file)
 
     def allocate(self, shape: Any, dtype: Any = "u4", **_: Any) -> PynqBuffer:
         sizes = shape if isinstance(shape, tuple | list) else (shape,)
@@ -169,9 +190,14 @@ def fill_clock_frequencies(parser: Any) -> None:
             clock["frequency"] = float(parameters[name])
 
 
-def activate(board: SimulatedBoard, faults: FaultFile | None = None) -> SimulatedDevice:
-    """A new simulated board as pynq's active device, in place of the one before."""
-    device = SimulatedDevice(board, faults)
+def activate(
+    board: SimulatedBoard, faults: FaultFile | None = None, state_file: Path | None = None
+) -> SimulatedDevice:
+    """A new simulated board as pynq's active device, in place of the one before.
+
+    `state_file` is where it notes what it was configured with, as pynq does on a board.
+    """
+    device = SimulatedDevice(board, faults, state_file)
     SimulatedDevice._installed[:] = [device]
     Device.active_device = device
     # pynq keeps the clocks of the first device it ever saw.

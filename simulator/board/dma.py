@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from .cores import StreamCore
-from .faults import Fault, FaultFile
+from .faults import Fault, FaultFile, spoil
 from .memory import ContiguousMemory
 
 _CONTROL, _STATUS, _ADDRESS, _ADDRESS_MSB, _LENGTH = 0x00, 0x04, 0x18, 0x1C, 0x28
@@ -152,9 +152,7 @@ class AxiDma:
         if self._wedged == "hang":
             return
         if output := self._core.process(packet):
-            if fault.kind == "wrong-data":
-                output = bytes(byte ^ 0x01 for byte in output)
-            self._stream.append(output)
+            self._stream.append(spoil(output, fault))
             self._deliver()
 
     def _deliver(self) -> None:

@@ -7,6 +7,7 @@ fabric that runs in another process::
     {"fault": "stuck"}                       the DMA never finishes reading
     {"fault": "error", "error": "decode"}    the DMA stops with internal, slave or decode error
     {"fault": "wrong-data"}                  one bit of every output byte is flipped
+    {"fault": "bit-flip"}                    one bit of the whole output is flipped
     {"fault": "slow", "seconds": 0.2}        the transfer takes that long
     {"fault": "none"}                        (or no file) all is well
 
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FAULTS_VARIABLE = "GATELET_SIM_FAULTS"
-KINDS = ("none", "hang", "stuck", "error", "wrong-data", "slow")
+KINDS = ("none", "hang", "stuck", "error", "wrong-data", "bit-flip", "slow")
 ERRORS = ("internal", "slave", "decode")
 
 
@@ -40,6 +41,16 @@ class Fault:
             raise ValueError(f"fault {self.kind!r} is none of {', '.join(KINDS)}")
         if self.error not in ERRORS:
             raise ValueError(f"error {self.error!r} is none of {', '.join(ERRORS)}")
+
+
+def spoil(output: bytes, fault: Fault) -> bytes:
+    """What a core gives under `fault` instead of `output`."""
+    if fault.kind == "wrong-data":
+        return bytes(byte ^ 0x01 for byte in output)
+    if fault.kind == "bit-flip" and output:
+        middle = len(output) // 2
+        return output[:middle] + bytes([output[middle] ^ 0x10]) + output[middle + 1 :]
+    return output
 
 
 def write_fault(path: Path, fault: Fault) -> None:

@@ -1,8 +1,9 @@
-"""Hardware handoff (.hwh) files of the stream design, as far as pynq's parser needs them.
+"""Hardware handoff (.hwh) files of simulated designs, as far as pynq's parser needs them.
 
-The design: processing system, AXI DMA in simple mode behind an interconnect, and the stream core
-between its two channels. Interfaces are listed with the signals that join them, since the parser
-follows signals from core to core.
+A design: processing system, maybe an AXI DMA in simple mode behind an interconnect with a core
+between its two channels, and cores with registers (some fetch and store by themselves).
+Interfaces are listed with the signals that join them, since the parser follows signals from core
+to core.
 """
 
 from __future__ import annotations
@@ -42,16 +43,34 @@ _DMA_CHANNEL_REGISTERS = (
 
 
 @dataclass(frozen=True, slots=True)
+class LiteCore:
+    """A core with an AXI-Lite window of `size` bytes at `base`; `registers` name -> offset."""
+
+    name: str
+    vlnv: str
+    base: int
+    registers: tuple[tuple[str, int], ...] = ()
+    size: int = 0x10000
+    masters_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StreamDesign:
-    """What varies between stream designs. `dma_length_width` is c_sg_length_width, in bits."""
+    """What varies between designs. `dma_length_width` is c_sg_length_width, in bits.
+
+    Without `dma` there is neither a DMA nor a stream core. A core that has registers as well is in
+    `lite` under the stream core's name.
+    """
 
     name: str
     part: str
     clock_mhz: float
-    dma_length_width: int
-    dma: str = "axi_dma_0"
+    dma_length_width: int = 14
+    dma: str | None = "axi_dma_0"
     core: str = "dense_network_0"
+    core_vlnv: str = "gatelet:stream:dense_network:1.0"
     dma_base: int = 0x40400000
+    lite: tuple[LiteCore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,11 @@ class _Module:
     interfaces: list[_Interface] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
 
+    @property
+    def flat(self) -> str:
+        """The instance name, which Vivado makes of the path through the hierarchy."""
+        return self.instance.replace("/", "_")
+
 
 def encode_handoff(design: StreamDesign) -> str:
     """The text of the .hwh file."""
@@ -83,32 +107,57 @@ def encode_handoff(design: StreamDesign) -> str:
         _Module("axi_interconnect_0", "axi_interconnect", "xilinx.com:ip:axi_interconnect:2.1", {}),
         _Module("axi_interconnect_1", "axi_interconnect", "xilinx.com:ip:axi_interconnect:2.1", {}),
     )
-    dma = _dma(design)
-    core = _Module(design.core, "dense_network", "gatelet:stream:dense_network:1.0", {})
     master, slave = ("M_AXI_GP0", "S_AXI_HP0") if zynq7 else ("M_AXI_HPM0_FPD", "S_AXI_HP0_FPD")
-    for bus, (source, port), (target, target_port), vlnv in (
-        ("registers_in", (system, master), (registers, "S00_AXI"), _AXIMM),
-        ("registers_out", (registers, "M00_AXI"), (dma, "S_AXI_LITE"), _AXIMM),
-        ("mm2s", (dma, "M_AXI_MM2S"), (memory, "S00_AXI"), _AXIMM),
-        ("s2mm", (dma, "M_AXI_S2MM"), (memory, "S01_AXI"), _AXIMM),
-        ("memory_out", (memory, "M00_AXI"), (system, slave), _AXIMM),
-        ("stream_in", (dma, "M_AXIS_MM2S"), (core, "in"), _AXIS),
-        ("stream_out", (core, "out"), (dma, "S_AXIS_S2MM"), _AXIS),
-    ):
-        _join(bus, source, port, target, target_port, vlnv)
-    system.body.append(
-        _memory_map(
-            ("Reg", design.dma_base, design.dma_base + 0xFFFF, design.dma, master, "S_AXI_LITE"),
-            kind="REGISTER",
+    _join("registers_in", system, master, registers, "S00_AXI", _AXIMM)
+    _join("memory_out", memory, "M00_AXI", system, slave, _AXIMM)
+    modules = {lite.name: _lite_module(lite) for lite in design.lite}
+    ranges = []
+    to_registers, to_memory = 0, 0
+    if design.dma is not None:
+        dma = _dma(design, design.dma)
+        modules[design.dma] = dma
+        core = modules.setdefault(
+            design.core,
+            _Module(design.core, design.core_vlnv.split(":")[2], design.core_vlnv, {}),
         )
-    )
-    dma.body.append(
-        _memory_map(
-            ("HP0_DDR_LOWOCM", 0, _DDR_HIGH, system.instance, "M_AXI_MM2S", slave),
-            ("HP0_DDR_LOWOCM", 0, _DDR_HIGH, system.instance, "M_AXI_S2MM", slave),
-            kind="MEMORY",
+        for bus, (source, port), (target, target_port), vlnv in (
+            ("registers_out", (registers, "M00_AXI"), (dma, "S_AXI_LITE"), _AXIMM),
+            ("mm2s", (dma, "M_AXI_MM2S"), (memory, "S00_AXI"), _AXIMM),
+            ("s2mm", (dma, "M_AXI_S2MM"), (memory, "S01_AXI"), _AXIMM),
+            ("stream_in", (dma, "M_AXIS_MM2S"), (core, "in"), _AXIS),
+            ("stream_out", (core, "out"), (dma, "S_AXIS_S2MM"), _AXIS),
+        ):
+            _join(bus, source, port, target, target_port, vlnv)
+        ranges.append(
+            ("Reg", design.dma_base, design.dma_base + 0xFFFF, dma.flat, master, "S_AXI_LITE")
         )
-    )
+        dma.body.append(
+            _memory_map(
+                ("HP0_DDR_LOWOCM", 0, _DDR_HIGH, system.flat, "M_AXI_MM2S", slave),
+                ("HP0_DDR_LOWOCM", 0, _DDR_HIGH, system.flat, "M_AXI_S2MM", slave),
+                kind="MEMORY",
+            )
+        )
+        to_registers, to_memory = 1, 2
+    for lite in design.lite:
+        module = modules[lite.name]
+        port = f"M{to_registers:02d}_AXI"
+        _join(f"lite_{module.flat}", registers, port, module, "s_axi_control", _AXIMM)
+        to_registers += 1
+        ranges.append(
+            ("Reg", lite.base, lite.base + lite.size - 1, module.flat, master, "s_axi_control")
+        )
+        if lite.masters_memory:
+            port = f"S{to_memory:02d}_AXI"
+            _join(f"memory_{module.flat}", module, "m_axi_gmem", memory, port, _AXIMM)
+            to_memory += 1
+            module.body.append(
+                _memory_map(
+                    ("HP0_DDR_LOWOCM", 0, _DDR_HIGH, system.flat, "m_axi_gmem", slave),
+                    kind="MEMORY",
+                )
+            )
+    system.body.append(_memory_map(*ranges, kind="REGISTER"))
     device, package, grade = _part_fields(design.part)
     lines = [
         '<?xml version="1.0" encoding="UTF-8" standalone="no" ?>',
@@ -120,7 +169,7 @@ def encode_handoff(design: StreamDesign) -> str:
         "  <EXTERNALINTERFACES/>",
         "  <MODULES>",
     ]
-    for module in (dma, registers, memory, core, system):
+    for module in (*modules.values(), registers, memory, system):
         lines += _module_lines(module)
     return "\n".join([*lines, "  </MODULES>", "</EDKSYSTEM>", ""])
 
@@ -183,9 +232,33 @@ def _divisors(source_mhz: float, wanted_mhz: float) -> tuple[int, int]:
     )
 
 
-def _dma(design: StreamDesign) -> _Module:
+def _lite_module(lite: LiteCore) -> _Module:
     module = _Module(
-        design.dma,
+        lite.name,
+        lite.vlnv.split(":")[2],
+        lite.vlnv,
+        {
+            "C_S_AXI_CONTROL_BASEADDR": f"0x{lite.base:08X}",
+            "C_S_AXI_CONTROL_HIGHADDR": f"0x{lite.base + lite.size - 1:08X}",
+        },
+    )
+    if lite.registers:
+        lines = [
+            "      <ADDRESSBLOCKS>",
+            '        <ADDRESSBLOCK ACCESS="read-write" INTERFACE="s_axi_control" NAME="Reg" '
+            f'RANGE="{lite.size}" USAGE="register">',
+            "          <REGISTERS>",
+        ]
+        for name, offset in lite.registers:
+            lines += _register_lines(name, offset, name, ())
+        module.body = [*lines, "          </REGISTERS>", "        </ADDRESSBLOCK>",
+                       "      </ADDRESSBLOCKS>"]  # fmt: skip
+    return module
+
+
+def _dma(design: StreamDesign, name: str) -> _Module:
+    module = _Module(
+        name,
         "axi_dma",
         "xilinx.com:ip:axi_dma:7.1",
         {
@@ -261,12 +334,8 @@ def _join(
     bus: str, source: _Module, port: str, target: _Module, target_port: str, vlnv: str
 ) -> None:
     signals = _STREAM_SIGNALS if vlnv == _AXIS else _LITE_SIGNALS
-    source.interfaces.append(
-        _Interface(port, vlnv, True, bus, target.instance, target_port, signals)
-    )
-    target.interfaces.append(
-        _Interface(target_port, vlnv, False, bus, source.instance, port, signals)
-    )
+    source.interfaces.append(_Interface(port, vlnv, True, bus, target.flat, target_port, signals))
+    target.interfaces.append(_Interface(target_port, vlnv, False, bus, source.flat, port, signals))
 
 
 def _physical(interface: str, signal: str) -> str:
@@ -288,7 +357,7 @@ def _memory_map(*ranges: tuple[str, int, int, str, str, str], kind: str) -> str:
 def _module_lines(module: _Module) -> list[str]:
     lines = [
         f'    <MODULE FULLNAME="/{module.instance}" HWVERSION="{module.vlnv.rsplit(":")[-1]}" '
-        f'INSTANCE="{module.instance}" IPTYPE="PERIPHERAL" IS_ENABLE="1" '
+        f'INSTANCE="{module.flat}" IPTYPE="PERIPHERAL" IS_ENABLE="1" '
         f'MODCLASS="PERIPHERAL" MODTYPE="{module.modtype}" VLNV="{module.vlnv}">',
         "      <PARAMETERS>",
     ]

@@ -29,6 +29,12 @@ class RegisterBank:
     def write(self, offset: int, value: int) -> None:
         self._values[offset] = value
 
+    def content(self) -> bytes:
+        """Everything written, little-endian, from offset 0 on."""
+        end = max(self._values, default=-WORD) + WORD
+        words = (self._values.get(offset, 0) for offset in range(0, end, WORD))
+        return b"".join(word.to_bytes(WORD, "little") for word in words)
+
 
 class BusError(OSError):
     """An access to an address nothing answers at; on the board the kernel kills the process."""

@@ -14,13 +14,24 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...accelerators.errors import BackendUnavailable, LoadError
 from ...accelerators.rtl.config import TOP, VERILOG, CoreConfig, verilog_sources
-from ...accelerators.rtl.core import CoreDriver
+from ...accelerators.rtl.core import (
+    CONTROL_LOAD,
+    CONTROL_RUN,
+    REG_CONTROL,
+    REG_IN_BYTES,
+    REG_IN_ROWS,
+    REG_OUT_BYTES,
+    REG_OUT_ROWS,
+    CoreDriver,
+)
 from ...accelerators.rtl.program import Program
 
 _BUILD_SECONDS = 300
@@ -162,6 +173,43 @@ class RtlEngine:
         if moved < 0:
             raise BackendUnavailable(f"the simulated core: {_FAILURES[moved]}")
         return answer.raw[:moved]
+
+
+class RtlStreamCore:
+    """The Verilated core of a simulated bitstream: registers, and the stream between a DMA.
+
+    `engine` is {"core": name of the core in the design, "config": parameters of the build}.
+    """
+
+    def __init__(self, engine: Mapping[str, Any], cache: Path | None = None) -> None:
+        self.name = str(engine["core"])
+        try:
+            self._engine = RtlEngine(CoreConfig(**engine["config"]), cache=cache)
+        except LoadError as error:
+            raise ValueError(str(error)) from error
+        self._control = 0
+
+    def read(self, offset: int) -> int:
+        return self._engine.read(offset)
+
+    def write(self, offset: int, value: int) -> None:
+        if offset == REG_CONTROL:
+            self._control = value
+        self._engine.write(offset, value)
+
+    def process(self, packet: bytes) -> bytes:
+        """Load packets give nothing, others the results of whole items."""
+        if self._control & CONTROL_LOAD or not self._control & CONTROL_RUN:
+            self._engine.send(packet)
+            return b""
+        taken = self._engine.read(REG_IN_ROWS) * self._engine.read(REG_IN_BYTES)
+        given = self._engine.read(REG_OUT_ROWS) * self._engine.read(REG_OUT_BYTES)
+        items = len(packet) // taken if taken else 0
+        try:
+            return self._engine.exchange(packet, items * given)
+        except BackendUnavailable:
+            # As on the board: nothing comes out, and the core's status says why.
+            return b""
 
 
 class RtlCore:

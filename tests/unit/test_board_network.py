@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gatelet.simulator.board.cores import LoopbackCore, NetworkCore, synthesise
+from gatelet.simulator.board.cores import Configuration, LoopbackCore, NetworkCore, StreamCore
+from gatelet.simulator.board.faults import FaultFile
+from gatelet.simulator.board.memory import ContiguousMemory
 from gatelet.simulator.board.network import (
     DenseLayer,
     check_chain,
@@ -82,6 +84,10 @@ def test_a_layer_checks_itself(change: dict, word: str) -> None:
 def test_a_bias_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="int32"):
         DenseLayer(np.ones((2, 1), np.int8), np.array([2**31 - 1], np.int32), 1.0, 1.0, 1.0)
+
+
+def synthesise(data: bytes) -> StreamCore:
+    return Configuration(data, ContiguousMemory(0, 4096), FaultFile()).stream()
 
 
 def test_a_core_waits_for_whole_items() -> None:

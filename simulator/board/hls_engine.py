@@ -1,0 +1,57 @@
+"""hls4ml's C simulation behind a simulated stream.
+
+The library is what hls4ml's build_lib.sh makes; its `<project>_double` takes and gives doubles,
+which hold every code of up to 32 bits exactly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...accelerators.fpga.elements import Element, hls4ml_element
+from .engines import library_path
+
+
+class HlsEngine:
+    """See `engines.Engine`."""
+
+    def __init__(self, engine: Mapping[str, Any]) -> None:
+        library = ctypes.CDLL(str(library_path(str(engine["library"]))))
+        self._function = getattr(library, f"{engine['project']}_double")
+        pointer = ctypes.POINTER(ctypes.c_double)
+        self._function.argtypes = [pointer, pointer]
+        self._function.restype = None
+        self._input = hls4ml_element(str(engine["input"]))
+        self._output = hls4ml_element(str(engine["output"]))
+        self._values = (int(engine["inputs"]), int(engine["outputs"]))
+
+    @property
+    def item_bytes(self) -> tuple[int, ...]:
+        return (self._values[0] * self._input.bits // 8,)
+
+    def run(self, inputs: Sequence[bytes], parameters: Mapping[str, bytes]) -> list[bytes]:
+        taken, given = self._values
+        numbers = _numbers(inputs[0], self._input).reshape(-1, taken)
+        results = np.zeros((len(numbers), given))
+        pointer = ctypes.POINTER(ctypes.c_double)
+        for item, result in zip(numbers, results, strict=True):
+            one = np.ascontiguousarray(item)
+            self._function(one.ctypes.data_as(pointer), result.ctypes.data_as(pointer))
+        return [_codes(results, self._output)]
+
+
+def _numbers(raw: bytes, element: Element) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.ldexp(np.frombuffer(raw, element.container).astype(np.float64), -element.fraction)
+
+
+def _codes(numbers: np.ndarray[Any, np.dtype[np.float64]], element: Element) -> bytes:
+    if element.kind == "float":
+        return numbers.astype(element.container).tobytes()
+    codes = np.ldexp(numbers, element.fraction)
+    if not np.array_equal(codes, np.rint(codes)):
+        raise ValueError(f"the simulation gives values that are not of {element.name}")
+    return codes.astype(np.int64).astype(element.container).tobytes()

@@ -1,0 +1,350 @@
+"""FINN packages on the simulated board: our adapter, FINN's sequence and driver, integer maths."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gatelet.accelerators.errors import DeadlineExceeded, LoadError
+from gatelet.accelerators.fpga.codec import decode, encode
+from gatelet.accelerators.fpga.driver import FabricDriver
+from gatelet.accelerators.fpga.package import Package
+from gatelet.accelerators.fpga.protocol import FabricSick
+from gatelet.simulator.board.boards import simulated_board
+from gatelet.simulator.board.faults import Fault, FaultFile, write_fault
+from gatelet.simulator.board.vendor_packages import write_bnn_pynq_package, write_finn_package
+
+sys.path.insert(0, str(Path(__file__).parent))
+from finn_networks import NETWORKS, Network, graph, mlp
+
+Z2 = simulated_board("pynq-z2").part
+
+
+@pytest.fixture(scope="module")
+def pynq() -> Any:
+    with warnings.catch_warnings():
+        # pynq warns about x86 and about pkg_resources when it is imported.
+        warnings.simplefilter("ignore")
+        import pynq
+        import pynq.lib
+
+    return pynq
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    return tmp_path / "faults.json"
+
+
+@pytest.fixture
+def device(pynq: Any, faults: Path, tmp_path: Path) -> Any:
+    from gatelet.simulator.board.device import activate
+
+    return activate(simulated_board("pynq-z2"), FaultFile(faults), tmp_path / "state.json")
+
+
+@pytest.fixture
+def driver(device: Any, tmp_path: Path) -> Iterator[FabricDriver]:
+    driver = FabricDriver(tmp_path / "lock", Z2, hang_after=0.1)
+    driver.open()
+    yield driver
+    driver.close()
+    assert device.memory.used == 0, "a buffer was not given back"
+
+
+def write(directory: Path, network: Network, **options: Any) -> Package:
+    return write_finn_package(
+        directory, network.model, network.inputs, network.outputs, part=Z2, **options
+    )
+
+
+def serve(driver: FabricDriver, package: Package, tensors: list[np.ndarray]) -> list[np.ndarray]:
+    shaped = [
+        tensor.reshape(len(tensor), *port.spec.shape[1:])
+        for tensor, port in zip(tensors, package.inputs, strict=True)
+    ]
+    items = [encode(tensor, port) for tensor, port in zip(shaped, package.inputs, strict=True)]
+    results = driver.infer(package, items, time.monotonic() + 10)
+    return [decode(got, port) for got, port in zip(results, package.outputs, strict=True)]
+
+
+def bits(values: np.ndarray, datatype: str, inner: int) -> np.ndarray:
+    """Rows packed by Python's integers, apart from our packing and from the simulator's."""
+    from gatelet.accelerators.fpga.elements import finn_element
+
+    element = finn_element(datatype)
+    rows = []
+    for row in np.rint(np.ldexp(values.astype(float), element.fraction)).reshape(-1, inner):
+        codes = [int(v + 1) // 2 if element.kind == "bipolar" else int(v) for v in row]
+        total = sum((c & (1 << element.bits) - 1) << i * element.bits for i, c in enumerate(codes))
+        rows.append(list(total.to_bytes(-(-inner * element.bits // 8), "little")))
+    return np.array(rows, np.uint8)
+
+
+def unbits(raw: np.ndarray, datatype: str, inner: int) -> np.ndarray:
+    from gatelet.accelerators.fpga.elements import finn_element
+
+    element = finn_element(datatype)
+    rows = []
+    for row in raw:
+        total = int.from_bytes(row.tobytes(), "little")
+        codes = [total >> i * element.bits & (1 << element.bits) - 1 for i in range(inner)]
+        signed = element.signed and element.kind == "integer"
+        half = 1 << element.bits - 1
+        rows.append([code - 2 * half if signed and code >= half else code for code in codes])
+    return np.array(rows)
+
+
+def finns_sequence(pynq: Any, package: Package, network: Network, tensors: list) -> list:
+    """What FINN's driver does with pynq, register by register."""
+    overlay = pynq.Overlay(str(package.bit))
+    count = len(tensors[0])
+    sends = []
+    for tensor, spec in zip(tensors, network.inputs, strict=True):
+        packed = bits(tensor, spec.datatype, spec.folded[-1])
+        buffer = pynq.allocate((count, *spec.packed[1:]), np.uint8)
+        buffer[:] = packed.reshape(buffer.shape)
+        buffer.flush()
+        sends.append(buffer)
+    receives = [pynq.allocate((count, *s.packed[1:]), np.uint8) for s in network.outputs]
+    idma = [getattr(overlay, f"idma{i}") for i in range(len(sends))]
+    odma = [getattr(overlay, f"odma{i}") for i in range(len(receives))]
+    assert all(core.read(0x00) & 0x4 for core in odma)
+    for cores, buffers in ((odma, receives), (idma, sends)):
+        for core, buffer in zip(cores, buffers, strict=True):
+            core.write(0x10, buffer.device_address)
+            core.write(0x1C, count)
+            core.write(0x00, 1)
+    for core in odma:
+        assert core.read(0x00) & 0x2
+        assert not core.read(0x00) & 0x2, "done is cleared by reading"
+    results = []
+    for buffer, spec in zip(receives, network.outputs, strict=True):
+        buffer.invalidate()
+        raw = np.array(buffer).reshape(-1, spec.packed[-1])
+        results.append(unbits(raw, spec.datatype, spec.folded[-1]).reshape(count, -1))
+        buffer.freebuffer()
+    for buffer in sends:
+        buffer.freebuffer()
+    return results
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
+@pytest.mark.parametrize("plus", [False, True], ids=["finn", "finn+"])
+def test_adapter_sequence_and_integers_agree(
+    pynq: Any, driver: FabricDriver, tmp_path: Path, network: Network, plus: bool
+) -> None:
+    package = write(tmp_path / "p", network, plus=plus)
+    assert (package.kind, package.part) == ("finn", "7z020clg400")
+    driver.load(package)
+    for count in (1, 3, 64):
+        tensors = network.draw(count, count)
+        expected = [one.reshape(count, -1) for one in network.reference(tensors)]
+        ours = serve(driver, package, tensors)
+        theirs = finns_sequence(pynq, package, network, tensors) if count == 3 else expected
+        for one, other, reference in zip(ours, theirs, expected, strict=True):
+            np.testing.assert_array_equal(one.reshape(count, -1), reference)
+            np.testing.assert_array_equal(other, reference)
+    assert driver.counters.hangs == 0
+
+
+RELEASES = {"finn-plus-driver": "1.6.1", "qonnx": "1.0.0", "bitstring": "5.0.0", "tibs": "2.0.2"}
+
+
+@functools.cache
+def vendor(folder: str) -> Any:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
+    subprocess.run(
+        [*command, "--target", folder, *(f"{n}=={version}" for n, version in RELEASES.items())],
+        check=True, timeout=100, capture_output=True, text=True,
+    )  # fmt: skip
+    sys.path.insert(0, folder)
+    try:
+        # By its file: the package around it imports plotting, which this driver does not need.
+        path = Path(folder) / "finn_plus_driver" / "overlays" / "dma.py"
+        spec = importlib.util.spec_from_file_location("finn_plus_dma", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module.FINNDMAOverlay
+
+
+@pytest.fixture(scope="module")
+def overlay_class(pynq: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    try:
+        return vendor(str(tmp_path_factory.mktemp("vendor")))
+    except subprocess.CalledProcessError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"the driver of FINN+ does not install: {error.stderr[-200:]}")
+
+
+@pytest.mark.parametrize(
+    "network", [NETWORKS[0], NETWORKS[3], NETWORKS[6], NETWORKS[7]], ids=lambda n: n.name
+)
+def test_the_unmodified_driver_of_finn_plus_gives_the_same(
+    overlay_class: Any, driver: FabricDriver, tmp_path: Path, network: Network
+) -> None:
+    package = write(tmp_path / "p", network, plus=True)
+    settings = json.loads((tmp_path / "p/driver/settings.json").read_text())
+    shapes = copy.deepcopy(settings["driver_information"]["io_shape_dict"])
+    count = 5
+    (tensor,) = network.draw(count, 1)
+    theirs = overlay_class(str(package.bit), "zynq-iodma", shapes, batch_size=count)
+    result = theirs.execute(tensor.reshape(count, *network.inputs[0].normal[1:]).astype(np.float32))
+    driver.load(package)
+    (ours,) = serve(driver, package, [tensor])
+    np.testing.assert_array_equal(ours.reshape(count, -1), np.array(result).reshape(count, -1))
+    theirs.ibuf_packed_device = theirs.obuf_packed_device = None
+
+
+def test_runtime_and_external_weights_reach_the_network(
+    driver: FabricDriver, tmp_path: Path
+) -> None:
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    zeros = {"w": np.zeros((4, 3)), "b": np.zeros(3)}
+    network = Network(
+        "weights",
+        graph(nodes, {"x": [4]}, {"y": [3]}, zeros),
+        mlp().inputs, mlp().outputs, lambda c, s: [], lambda i: [],
+    )  # fmt: skip
+    from gatelet.simulator.board.vendor_packages import FinnTensor
+
+    inputs, outputs = [FinnTensor("INT8", (1, 4), (1, 4))], [FinnTensor("INT16", (1, 3), (1, 3))]
+    weights = np.arange(-6, 6).reshape(4, 3)
+    content = io.BytesIO()
+    np.save(content, np.array([7, 250, 3], np.uint8))
+    words = "\n".join(f"{int(w) & 0xFFFFFFFF:08x}" for w in weights.reshape(-1))
+    package = write_finn_package(
+        tmp_path / "p", network.model, inputs, outputs, part=Z2,
+        runtime_weights={"1_0_MVAU_hls_0.dat": (words, "w", "<i4")},
+        external_weights={"idma9": (content.getvalue(), "b", "<i1")},
+    )  # fmt: skip
+    driver.load(package)
+    assert driver.counters.transfers == 1, "one item to flush what was in the streams"
+    x = np.random.default_rng(0).integers(-128, 128, (9, 4)).astype(np.int8)
+    (ours,) = serve(driver, package, [x])
+    np.testing.assert_array_equal(ours, x.astype(int) @ weights + np.array([7, -6, 3]))
+
+
+def test_parameters_of_bnn_pynq_are_written_and_bits_come_back(
+    driver: FabricDriver, device: Any, tmp_path: Path
+) -> None:
+    from onnx import helper
+
+    rng = np.random.default_rng(8)
+    weights = rng.choice([-1, 1], (784, 64))
+    model = graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["a"]),
+            helper.make_node(
+                "MultiThreshold", ["a", "t"], ["y"], domain="qonnx.custom_op.general"
+            ),
+        ],
+        {"x": [784]}, {"y": [64]}, {"w": weights, "t": np.zeros((1, 1))},
+    )  # fmt: skip
+    words = rng.integers(0, 2**63, (3, 4), dtype=np.uint64)
+    files = {
+        "0-0-weights.bin": words[0].astype("<u8").tobytes(),
+        "0-1-weights.bin": words[1].astype("<u8").tobytes(),
+        "2-0-thres.bin": words[2].astype("<u8").tobytes(),
+    }
+    package = write_bnn_pynq_package(tmp_path / "p", model, Z2, files)
+    assert package.kind == "bnn-pynq"
+    assert package.inputs[0].wire.item_bytes == 104
+    driver.load(package)
+    core = device.fabric.registers("BlackBoxJam_0")
+    assert core.written == {
+        (layer, unit, index, 0): int(words[row][index])
+        for row, (layer, unit) in enumerate(((0, 0), (0, 1), (5, 0)))
+        for index in range(4)
+    }
+    x = rng.choice([-1, 1], (6, 784)).astype(np.int8)
+    (ours,) = serve(driver, package, [x])
+    np.testing.assert_array_equal(ours, (x.astype(int) @ weights >= 0).astype(np.uint8))
+
+
+def test_a_hang_says_which_core_waits_and_costs_one_configuration(
+    driver: FabricDriver, tmp_path: Path, faults: Path
+) -> None:
+    network = mlp()
+    package = write(tmp_path / "p", network)
+    driver.load(package)
+    tensors = network.draw(4, 0)
+    items = [encode(tensors[0], package.inputs[0])]
+    for kind in ("hang", "stuck"):
+        write_fault(faults, Fault(kind, times=1))
+        with pytest.raises(FabricSick, match="odma0 busy, idma0 busy"):
+            driver.infer(package, items, None)
+        (ours,) = serve(driver, package, tensors)
+        np.testing.assert_array_equal(ours, network.reference(tensors)[0])
+    write_fault(faults, Fault("hang", times=1))
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        driver.infer(package, items, started + 0.02)
+    assert time.monotonic() - started < 0.1
+    (ours,) = serve(driver, package, tensors)
+    np.testing.assert_array_equal(ours, network.reference(tensors)[0])
+    assert driver.counters.reconfigurations == 4
+    assert driver.counters.hangs == 3
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("bit-flip", 1), ("wrong-data", 24)])
+def test_spoilt_results_show(
+    driver: FabricDriver, tmp_path: Path, faults: Path, kind: str, wrong: int
+) -> None:
+    network = mlp()
+    package = write(tmp_path / "p", network)
+    driver.load(package)
+    tensors = network.draw(4, 0)
+    write_fault(faults, Fault(kind, times=1))
+    (ours,) = serve(driver, package, tensors)
+    assert np.count_nonzero(ours != network.reference(tensors)[0]) == wrong
+
+
+def test_a_fabric_that_another_process_took_is_taken_back(
+    driver: FabricDriver, device: Any, tmp_path: Path
+) -> None:
+    network = mlp()
+    package = write(tmp_path / "p", network)
+    driver.load(package)
+    tensors = network.draw(3, 0)
+    for round_ in range(1, 3):
+        serve(driver, package, tensors)
+        device.configure_elsewhere()
+        (ours,) = serve(driver, package, tensors)
+        np.testing.assert_array_equal(ours, network.reference(tensors)[0])
+        assert driver.counters.replaced == round_
+        assert driver.counters.reconfigurations == 1 + round_
+
+
+def test_weights_that_do_not_fit_are_refused(driver: FabricDriver, tmp_path: Path) -> None:
+    network = mlp()
+    for text, words in (("0xzz", "not hexadecimal"), ("1ffffffff", "wider than 32 bits")):
+        package = write(
+            tmp_path / words.replace(" ", "-"), network,
+            runtime_weights={"1_0_MVAU.dat": (text, "w1", "<i4")},
+        )  # fmt: skip
+        with pytest.raises(LoadError, match=words):
+            driver.load(package)
