@@ -71,6 +71,7 @@ class Publisher:
         self._links = {transport.name: _Link(transport) for transport in transports}
         self._submit = submit
         self._methods = {name.lower(): method for name, method in methods.items()}
+        self._known = ", ".join(methods)
         self._on_link_change = on_link_change
         self._jitter = jitter or random.Random()
         self._sent = asyncio.Event()
@@ -173,8 +174,7 @@ class Publisher:
     async def method(self, source: str, name: str, payload: Any) -> MethodResult:
         method = self._methods.get(name.lower())
         if method is None:
-            known = ", ".join(sorted(self._methods))
-            return MethodResult(400, {"message": f"unknown method {name!r}; known: {known}"})
+            return MethodResult(400, {"message": f"unknown method {name!r}; known: {self._known}"})
         return await method(payload)
 
 

@@ -51,15 +51,42 @@ def secret_name(name: str) -> bool:
 
 
 def redact_document(value: Any, name: str = "") -> Any:
-    """A JSON-like value with the same shape, its secrets hidden: by the names they stand under,
-    in whatever depth, and by the form of texts."""
+    """A JSON-like value with the same shape, its secrets hidden: by the names they stand under, in
+    whatever depth, as variables and as options of a command line, and by the form of texts."""
     if secret_name(name) and value not in (None, "", (), [], {}) and not isinstance(value, bool):
         if isinstance(value, Mapping) and "credential" in name.lower():
             # A table of credentials by name: which ones there are is no secret.
-            return {key: redact_document(inner) for key, inner in value.items()}
+            return {str(key): redact_document(inner) for key, inner in value.items()}
         return HIDDEN
     if isinstance(value, Mapping):
         return {str(key): redact_document(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redact_document(inner, name) for inner in value]
+        before = ["", *value][:-1]
+        return [_element(inner, last, name) for inner, last in zip(value, before, strict=True)]
     return redact(value) if isinstance(value, str) else value
+
+
+def _element(value: Any, before: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return redact_document(value, name)
+    # VARIABLE=value as in Docker's Env, --option=value and --option value as in its Cmd.
+    variable, equals, _ = value.partition("=")
+    if equals and not re.search(r"\s", variable) and secret_name(variable.lstrip("-")):
+        return f"{variable}={HIDDEN}"
+    option = isinstance(before, str) and before.startswith("-") and "=" not in before
+    return HIDDEN if option and secret_name(before.lstrip("-")) else redact(value)
+
+
+def secret_values(value: Any, name: str = "") -> set[str]:
+    """The texts that `redact_document` hides by name: to be taken out of other texts as well."""
+    if isinstance(value, Mapping):
+        return {
+            found
+            for key, inner in value.items()
+            for found in secret_values(inner, name if secret_name(name) else str(key))
+        }
+    if isinstance(value, (list, tuple)):
+        pairs = [v.partition("=") for v in value if isinstance(v, str)]
+        variables = {text for variable, _, text in pairs if secret_name(variable.lstrip("-"))}
+        return variables | {found for inner in value for found in secret_values(inner, name)}
+    return {value} if isinstance(value, str) and secret_name(name) else set()

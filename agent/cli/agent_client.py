@@ -14,6 +14,11 @@ from ...protos.services import AgentStub
 from .command import CommandError
 
 CALL_SECONDS = 10.0
+LOG_SECONDS = 60.0
+
+
+class AgentAway(CommandError):
+    """No agent answers on the socket."""
 
 
 class AgentClient:
@@ -38,10 +43,10 @@ class AgentClient:
             raise self._away(error) from error
         return answer.code, answer.description, answer.generation
 
-    def status(self) -> dict[str, Any]:
+    def status(self, seconds: float = CALL_SECONDS) -> dict[str, Any]:
         """The document of `agent/status.py`."""
         try:
-            answer = self._stub.status(pb.AgentStatusRequest(), CALL_SECONDS)
+            answer = self._stub.status(pb.AgentStatusRequest(), seconds)
         except grpc.RpcError as error:
             raise self._away(error) from error
         return msgspec.json.decode(answer.json, type=dict[str, Any])
@@ -59,12 +64,60 @@ class AgentClient:
         finally:
             call.cancel()
 
+    def preview(self, manifest: bytes) -> tuple[int, str, dict[str, Any]]:
+        """edgeAgent's code, a description, and the document of `agent/preview.py`."""
+        try:
+            answer = self._stub.preview(pb.PreviewRequest(manifest=manifest), CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise self._away(error) from error
+        document = msgspec.json.decode(answer.json or b"{}", type=dict[str, Any])
+        return answer.code, answer.description, document
+
+    def rollback(self, generation: int) -> tuple[int, str, int]:
+        """edgeAgent's code, a description, and the generation of the new deployment."""
+        try:
+            answer = self._stub.rollback(pb.RollbackRequest(generation=generation), CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise self._away(error) from error
+        return answer.code, answer.description, answer.generation
+
+    def invoke(self, method: str, payload: bytes, seconds: float) -> tuple[int, Any]:
+        """A direct method's status and its answer; `payload` is JSON, empty for null."""
+        request = pb.InvokeRequest(method=method, payload=payload)
+        try:
+            answer = self._stub.invoke(request, seconds)
+        except grpc.RpcError as error:
+            raise self._away(error) from error
+        return answer.status, msgspec.json.decode(answer.payload or b"null")
+
+    def logs(
+        self, module: str, tail: int | None, since: str, until: str, *, follow: bool
+    ) -> Iterator[tuple[str, str, str]]:
+        """(time, stream, text) of each line, oldest first; with `follow` without an end."""
+        request = pb.LogsRequest(
+            module=module,
+            tail=-1 if tail is None else tail,
+            since=since,
+            until=until,
+            follow=follow,
+        )
+        call = self._stub.logs(request, None if follow else LOG_SECONDS)
+        try:
+            for line in call:
+                yield line.at, line.stream, line.text
+        except grpc.RpcError as error:
+            raise self._away(error) from error
+        finally:
+            call.cancel()
+
     def _away(self, error: grpc.RpcError) -> CommandError:
         if _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return CommandError(
+            return AgentAway(
                 f"no agent answers on {self._socket}; start it with `gatelet run`, or name its "
                 "configuration with --config"
             )
+        if _code(error) is grpc.StatusCode.FAILED_PRECONDITION:
+            return CommandError(str(getattr(error, "details", str)()))
         return CommandError(f"the agent refused the call: {getattr(error, 'details', str)()}")
 
 

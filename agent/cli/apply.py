@@ -15,9 +15,12 @@ from .command import (
     print_json,
     wrong_use,
 )
+from .diff import show_preview
+from .waiting import report, wait
 
 MISFITS_SHOWN = 8
-DONE_PHASES = ("good", "failed", "superseded")
+FETCHING = 202
+LOCAL = "local"
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,6 +39,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="a layered deployment to lay over the manifest (again for more; the highest wins)",
     )
     parser.add_argument(
+        "--dry-run", action="store_true", help="show what it would change, and change nothing"
+    )
+    parser.add_argument(
         "--wait", action="store_true", help="wait until the deployment is good or has failed"
     )
     parser.add_argument(
@@ -51,9 +57,13 @@ def _apply(arguments: argparse.Namespace) -> int:
 
     config = configuration(arguments)
     body = document(arguments.file, arguments.layer)
+    if arguments.dry_run:
+        return show_preview(arguments, body)
     with AgentClient(config.agent_socket) as agent:
         code, description, generation = agent.apply(body)
-        if code != 200:
+        if code == FETCHING and arguments.wait:
+            code, description, generation = _fetched(agent, arguments)
+        if code not in (200, FETCHING):
             if arguments.json:
                 print_json({"code": code, "description": description})
                 return 1
@@ -61,50 +71,30 @@ def _apply(arguments: argparse.Namespace) -> int:
         if not arguments.wait:
             if arguments.json:
                 print_json({"code": code, "generation": generation})
+            elif code == FETCHING:
+                print(f"{description}; `gatelet status` shows how it goes")
             else:
                 print(f"deployment {generation} accepted; `gatelet status` shows how it goes")
             return 0
-        result = _wait(agent, generation, arguments)
-    if arguments.json:
-        print_json(result)
-    elif result["phase"] == "good":
-        print(f"deployment {generation} is good")
-    else:
-        kept = result.get("lastGood")
-        tail = f"; deployment {kept} is running instead" if kept else ""
-        reason = f": {result['description']}" if result["description"] else ""
-        print(f"gatelet: deployment {generation} {result['phase']}{reason}{tail}", file=sys.stderr)
-    return 0 if result["phase"] == "good" else 1
+        result = wait(agent, generation, arguments)
+    return report(result, arguments)
 
 
-def _wait(agent: Any, generation: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
-
-    console = Console(stderr=True, quiet=arguments.json)
-    with console.status(f"deployment {generation}") as spinner:
-        for status in agent.watch(arguments.timeout):
-            deployment = status["deployment"] or {}
-            last_good = (deployment.get("lastGood") or {}).get("generation")
-            newest = deployment.get("generation", 0)
-            if newest > generation:
-                return {
-                    "generation": generation,
-                    "phase": "superseded",
-                    "description": f"deployment {newest} took its place",
-                    "lastGood": last_good,
-                }
-            if newest == generation and deployment["phase"] in DONE_PHASES:
-                return {
-                    "generation": generation,
-                    "phase": deployment["phase"],
-                    "description": deployment["description"],
-                    "lastGood": last_good,
-                }
-            doing = [f"{m['name']}: {m['description']}" for m in status["modules"]]
-            spinner.update(f"deployment {generation}: {'; '.join(doing) or 'starting'}")
+def _fetched(agent: Any, arguments: argparse.Namespace) -> tuple[int, str, int]:
+    """Until a manifest by reference is here: code, description, generation."""
+    reason = ""
+    for status in agent.watch(arguments.timeout):
+        fetch = status["fetch"]
+        if fetch is not None and fetch["source"] == LOCAL:
+            reason = fetch["error"]
+            continue
+        for refused in status["refused"]:
+            if refused["source"] == LOCAL:
+                return refused["code"], refused["description"], 0
+        return 200, "", (status["deployment"] or {}).get("generation", 0)
     raise CommandError(
-        f"deployment {generation} is not good after {arguments.timeout:g} s; the agent goes on "
-        "with it: see `gatelet status`"
+        f"the manifest is not here after {arguments.timeout:g} s{reason and ': '}{reason}; the "
+        "agent goes on trying: see `gatelet status`"
     )
 
 

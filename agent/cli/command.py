@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,18 @@ def configuration(arguments: argparse.Namespace) -> AgentConfig:
         return load_config(arguments.config)
     except ConfigError as error:
         raise CommandError(str(error)) from error
+
+
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "dim": 2, "bold": 1}
+
+
+def palette() -> Callable[[str, str], str]:
+    """`paint(text, colour)`: with colours on a terminal only, and not where NO_COLOR is set
+    (no-color.org) or TERM is dumb."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not sys.stdout.isatty():
+        return lambda text, colour: text
+    return lambda text, colour: f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,136 @@
+"""Waiting for a deployment: bars for what is pulled on a terminal, a line per change elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .command import CommandError, print_json
+
+if TYPE_CHECKING:
+    from .agent_client import AgentClient
+
+DONE_PHASES = ("good", "failed", "superseded")
+_PERCENT = re.compile(r":? ?\d+ % of .*")
+
+
+class _Display(Protocol):
+    def show(self, status: dict[str, Any]) -> None: ...
+
+
+def wait(agent: AgentClient, generation: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The outcome of deployment `generation`: generation, phase, description, lastGood.
+
+    Raises CommandError after `arguments.timeout` seconds.
+    """
+    with _display(generation, quiet=arguments.json) as display:
+        for status in agent.watch(arguments.timeout):
+            result = outcome(status, generation)
+            if result is not None:
+                return result
+            display.show(status)
+    raise CommandError(
+        f"deployment {generation} is not good after {arguments.timeout:g} s; the agent goes on "
+        "with it: see `gatelet status`"
+    )
+
+
+def outcome(status: dict[str, Any], generation: int) -> dict[str, Any] | None:
+    """None while the deployment is on its way."""
+    deployment = status["deployment"] or {}
+    newest = deployment.get("generation", 0)
+    if newest > generation:
+        phase, description = "superseded", f"deployment {newest} took its place"
+    elif newest == generation and deployment["phase"] in DONE_PHASES:
+        phase, description = deployment["phase"], deployment["description"]
+    else:
+        return None
+    last_good = (deployment.get("lastGood") or {}).get("generation")
+    return {
+        "generation": generation,
+        "phase": phase,
+        "description": description,
+        "lastGood": last_good,
+    }
+
+
+def report(result: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Print what came of it; the exit code."""
+    generation, phase = result["generation"], result["phase"]
+    if arguments.json:
+        print_json(result)
+    elif phase == "good":
+        print(f"deployment {generation} is good")
+    else:
+        kept = result.get("lastGood")
+        tail = f"; deployment {kept} is running instead" if kept else ""
+        reason = f": {result['description']}" if result["description"] else ""
+        print(f"gatelet: deployment {generation} {phase}{reason}{tail}", file=sys.stderr)
+    return 0 if phase == "good" else 1
+
+
+@contextmanager
+def _display(generation: int, *, quiet: bool) -> Iterator[_Display]:
+    if quiet:
+        yield _Silence()
+        return
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        DownloadColumn(binary_units=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Bars(progress, f"deployment {generation}")
+
+
+class _Silence:
+    def show(self, status: dict[str, Any]) -> None:
+        pass
+
+
+class _Lines:
+    """One line per module whenever it does something else; percentages are no news."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, str] = {}
+
+    def show(self, status: dict[str, Any]) -> None:
+        for module in status["modules"]:
+            doing = _PERCENT.sub("", module["description"])
+            if self._shown.get(module["name"]) != doing:
+                self._shown[module["name"]] = doing
+                print(f"{module['name']}: {doing}", file=sys.stderr, flush=True)
+
+
+class _Bars:
+    """A bar for each module: filled while it is pulled, a spinner otherwise."""
+
+    def __init__(self, progress: Any, title: str) -> None:
+        self._progress = progress
+        self._title = progress.add_task(title, total=None)
+        self._tasks: dict[str, Any] = {}
+
+    def show(self, status: dict[str, Any]) -> None:
+        for module in status["modules"]:
+            name, pull = module["name"], module.get("pull")
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=None)
+            total = (pull or {}).get("bytesTotal") or None
+            doing = _PERCENT.sub("", module["description"])
+            self._progress.update(
+                self._tasks[name],
+                description=f"{name}: {doing}"[:100],
+                total=total,
+                completed=(pull or {}).get("bytes", 0) if total else 0,
+            )
