@@ -123,17 +123,42 @@ class RegistryConfig(_Section, frozen=True):
     insecure: bool = False
 
 
+class ScoringTlsConfig(_Section, frozen=True):
+    """PEM files, read again when they change; the server's own certificate first."""
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+    require_client_certificate: bool = False
+
+
+class ScoringTokensConfig(_Section, frozen=True):
+    """JWTs that are taken: signed by a key of the JWKS file, from `issuer`, for `audience`."""
+
+    jwks_file: Path
+    issuer: str
+    audience: str
+    leeway_seconds: Annotated[float, msgspec.Meta(ge=0, le=600)] = 60.0
+
+
 class ScoringConfig(_Section, frozen=True):
     """Addresses are host:port (port 0: any free one) or unix:/path; "" turns one off.
 
     `memory_budget_mb`: MiB that models may take before the one longest unused leaves memory until
-    it is asked again; 0 for no limit.
+    it is asked again; 0 for no limit. Other addresses than loopback and Unix sockets need `tls`,
+    unless `allow_insecure`. `rate_per_second`: of one client's requests, 0 for no limit.
     """
 
     grpc_address: str = "127.0.0.1:8001"
     http_address: str = "127.0.0.1:8000"
     metrics_address: str = "127.0.0.1:8002"
     memory_budget_mb: Annotated[int, msgspec.Meta(ge=0)] = 0
+    allow_insecure: bool = False
+    cors_origins: tuple[str, ...] = ()
+    rate_per_second: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    rate_burst: Annotated[int, msgspec.Meta(ge=1)] = 100
+    tls: ScoringTlsConfig | None = None
+    tokens: ScoringTokensConfig | None = None
 
 
 class FabricConfig(_Section, frozen=True):
@@ -262,6 +287,10 @@ class AgentConfig(_Section, frozen=True):
     @property
     def device_id(self) -> str:
         return self.device.id or platform.node() or "gatelet"
+
+    @property
+    def scoring_keys_dir(self) -> Path:
+        return self.device.state_dir / "scoring-keys"
 
     @property
     def logs_dir(self) -> Path:

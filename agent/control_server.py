@@ -101,7 +101,7 @@ class _Service:
         return pb.PreviewResponse(
             code=found.code,
             description=found.description,
-            json=msgspec.json.encode(found.document),
+            json=msgspec.json.encode(found.document()),
         )
 
     async def rollback(

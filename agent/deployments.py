@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
+
+import msgspec
 
 from .manifest import Manifest
-from .plan import Failure, Load, Plan, Probe, Step, Wanted, WantedModule
+from .module_env import module_update_mode, probation_seconds
+from .module_spec import MAX_STARTUP_ORDER, ModuleSpec
+from .plan import Kind, UpdateMode, Wanted, WantedModule
+from .runtime.container import ContainerSpec
+from .runtime.scoring_module import is_scoring
 from .scoring_env import ScoringOptions, scoring_options
-from .store import Deployment
-
-CRASHES_TOLERATED = 2
-"""Deaths of the scoring process during one probation; one more fails the deployment."""
+from .store import Deployment, Pin
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,104 +39,142 @@ def choose_goal(latest: Deployment, last_good: Deployment | None) -> Goal:
     return Goal(latest, last_good, rolled_back=False)
 
 
-def wanted_modules(generation: int, manifest: Manifest, pins: Mapping[str, str]) -> Wanted:
-    """The modules of `manifest` with the digests that `pins` (module -> digest) holds."""
-    modules = []
-    for spec in manifest.modules:
-        options = scoring_options(spec)
-        digest = pins.get(spec.name)
-        modules.append(
-            WantedModule(
-                name=spec.name,
-                image=spec.image,
-                digest=digest,
-                instance=None if digest is None else instance_name(spec.name, digest, options),
-                options=options,
-                running=spec.status == "running",
-                may_pull=spec.image_pull_policy != "never",
-            )
+class ContainerRefused(Exception):
+    """This device does not let a container run with these createOptions; the message has the
+    path and the remedy."""
+
+
+class ContainerMaker(Protocol):
+    """Says what a module's container shall be on this device."""
+
+    def container(
+        self, spec: ModuleSpec, digest: str, *, scoring: bool, logging_options: str
+    ) -> ContainerSpec:
+        """`scoring`: its image serves the Open Inference Protocol. Raises ContainerRefused."""
+        ...
+
+    def socket(self, module: str) -> str:
+        """Where, on the host, a container serves the Open Inference Protocol."""
+        ...
+
+
+def wanted_modules(
+    generation: int,
+    manifest: Manifest,
+    pins: Mapping[str, Pin],
+    maker: ContainerMaker | None = None,
+    *,
+    update_mode: UpdateMode = "NonBlocking",
+    reloads: Mapping[str, int] | None = None,
+) -> Wanted:
+    """The modules of `manifest` with the digests and kinds that `pins` (by module) hold.
+
+    `update_mode` counts where the manifest's edgeAgent does not say; `reloads` tells how often a
+    module's model was to be loaded anew.
+    """
+    modules = [
+        _wanted_module(
+            spec,
+            pins.get(spec.name),
+            maker,
+            manifest.runtime.logging_options,
+            (reloads or {}).get(spec.name, 0),
         )
-    return Wanted(generation, tuple(modules))
+        for spec in manifest.modules
+    ]
+    return Wanted(generation, tuple(modules), module_update_mode(manifest) or update_mode)
 
 
-def instance_name(module: str, digest: str, options: ScoringOptions) -> str:
-    """Names a loaded model by everything that would need a new load when it changes."""
-    load = (
+def _wanted_module(
+    spec: ModuleSpec,
+    pin: Pin | None,
+    maker: ContainerMaker | None,
+    logging_options: str,
+    reloads: int,
+) -> WantedModule:
+    options = scoring_options(spec)
+    module = WantedModule(
+        name=spec.name,
+        image=spec.image,
+        digest=None,
+        instance=None,
+        options=options,
+        running=spec.status == "running",
+        may_pull=spec.image_pull_policy != "never",
+        kind="",
+        policy=spec.restart_policy,
+        order=spec.startup_order,
+        probation_seconds=probation_seconds(spec),
+    )
+    if pin is None or not pin.kind:
+        return module
+    if pin.kind == "model":
+        instance = instance_name(spec.name, pin.digest, options, str(reloads) if reloads else "")
+        return replace(module, kind="model", digest=pin.digest, instance=instance)
+    kind: Kind = "scoring" if serves_inference(spec) else pin.kind
+    module = replace(module, kind=kind, digest=pin.digest)
+    if maker is None:
+        return module
+    try:
+        container = maker.container(
+            spec, pin.digest, scoring=pin.kind == "scoring", logging_options=logging_options
+        )
+    except ContainerRefused as error:
+        return replace(module, refused=str(error))
+    if kind == "scoring":
+        instance = instance_name(spec.name, pin.digest, options, container.fingerprint())
+        module = replace(module, instance=instance, socket=maker.socket(spec.name))
+    return replace(module, container=container)
+
+
+def serves_inference(spec: ModuleSpec) -> bool:
+    """Whether the module's createOptions carry the label of a scoring container."""
+    labels = json.loads(spec.create_options).get("Labels")
+    return isinstance(labels, dict) and is_scoring(
+        {str(name): str(value) for name, value in labels.items()}
+    )
+
+
+def instance_name(module: str, digest: str, options: ScoringOptions, made: str = "") -> str:
+    """Names a loaded model by everything that would need a new load when it changes.
+
+    `made`: what else it depends on, such as its container's fingerprint.
+    """
+    load: tuple[object, ...] = (
         options.backends,
         options.max_batch,
         options.max_delay_us,
         options.timeout_ms,
+        options.priority,
+        options.instances,
+        options.threads,
     )
+    if made:
+        load = (*load, made)
     tail = hashlib.sha256(repr(load).encode()).hexdigest()[:6]
     return f"{module}@{digest.removeprefix('sha256:')[:12]}.{tail}"
 
 
 def inherited_pins(
-    manifest: Manifest, previous: Manifest | None, pins: Mapping[str, str]
-) -> dict[str, str]:
-    """Pins of modules that the new manifest leaves as they were: their tag is not resolved again.
+    manifest: Manifest, previous: Manifest | None, pins: Mapping[str, Pin]
+) -> dict[str, Pin]:
+    """Pins of modules whose image the new manifest leaves as it was: their tag is not resolved
+    again.
 
     This is edgeAgent's "on-create" pull policy: an unchanged module is not pulled.
     """
     if previous is None:
         return {}
-    before = {spec.name: spec for spec in previous.modules}
+    before = {spec.name: _what_runs(spec) for spec in previous.modules}
     return {
         spec.name: pins[spec.name]
         for spec in manifest.modules
-        if spec.name in pins and before.get(spec.name) == spec
+        if spec.name in pins and before.get(spec.name) == _what_runs(spec)
     }
 
 
-def fatal_failure(plan: Plan) -> Failure | None:
-    """The first failure of the plan that no further attempt can heal."""
-    return next((failure for failure in plan.blocked if not failure.retryable), None)
-
-
-def given_up(failures: Mapping[Step, Failure]) -> dict[Step, Failure]:
-    """The failures of a deployment that failed and has nothing to return to.
-
-    Its healthy modules go on, but what kept failing to load or probe is left alone: a model that
-    kills the scoring process must not take the others down again and again.
-    """
-    return {
-        step: replace(failure, retryable=False)
-        if isinstance(step, (Load, Probe)) and failure.count > CRASHES_TOLERATED
-        else failure
-        for step, failure in failures.items()
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Probation:
-    """A deployment under watch. `since` (monotonic seconds) is None while it is not healthy."""
-
-    generation: int
-    since: float | None = None
-    boot_id: str = ""
-    crashes: int = 0
-
-
-def watch(
-    probation: Probation | None,
-    generation: int,
-    settled: bool,
-    boot_id: str,
-    now: float,
-    *,
-    suspect: bool = True,
-) -> Probation:
-    """The next state of the watch: the time starts anew whenever something is not healthy.
-
-    A death of the scoring process counts against the deployment only if it is `suspect`: one of
-    its models was given to the process at all.
-    """
-    if probation is None or probation.generation != generation:
-        probation = Probation(generation)
-    crashes = probation.crashes
-    if boot_id and probation.boot_id and boot_id != probation.boot_id:
-        crashes += suspect
-    since = probation.since if settled and probation.since is not None else now if settled else None
-    if boot_id != probation.boot_id:
-        since = now if settled else None
-    return Probation(generation, since, boot_id or probation.boot_id, crashes)
+def _what_runs(spec: ModuleSpec) -> ModuleSpec:
+    """Without what says when it runs."""
+    return msgspec.structs.replace(
+        spec, status="running", restart_policy="always", startup_order=MAX_STARTUP_ORDER
+    )

@@ -9,19 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from ..modules.errors import ImageError
+from ..modules.errors import ImageError, RegistryUnavailable, StorageFull
 from ..modules.oci.client import RegistryClient
-from ..modules.oci.pull import PullProgress, pull_model_image, resolve
+from ..modules.oci.pull import PullProgress, image_facts, pull_model_image
 from ..modules.oci.reference import ImageRef
 from ..modules.oci.store import ContentStore
 from ..modules.oci.transport import RegistrySettings
 from .config import ConfigError, RegistryConfig, read_secret
 from .image_trust import ImageTrust
-from .steps import Progress, StepFailed
+from .steps import DISK_FULL, Credentials, Progress, Resolved, StepFailed, StoredView, kind_of
 
 T = TypeVar("T")
-
-Credentials = tuple[tuple[str, str, str], ...]
 
 
 class RegistryImages:
@@ -45,13 +43,22 @@ class RegistryImages:
     async def stored(self) -> frozenset[str]:
         return frozenset(image.digest for image in self._store.images())
 
+    async def resolve(self, image: str, credentials: Credentials) -> Resolved:
+        def work() -> Resolved:
+            ref = ImageRef.parse(image)
+            with RegistryClient(self._settings(ref.registry, credentials)) as client:
+                facts = image_facts(client, ref)
+            return Resolved(facts.digest, kind_of(facts.labels))
+
+        return await _in_thread(work)
+
     async def pull(
         self,
         image: str,
+        digest: str,
         credentials: Credentials,
-        on_resolved: Callable[[str], None],
         on_progress: Callable[[Progress], None],
-    ) -> str:
+    ) -> None:
         loop = asyncio.get_running_loop()
         cancelled = threading.Event()
 
@@ -63,15 +70,10 @@ class RegistryImages:
                 ),
             )
 
-        def resolved(digest: str) -> None:
-            loop.call_soon_threadsafe(on_resolved, digest)
-
-        def work() -> str:
+        def work() -> None:
             ref = ImageRef.parse(image)
             with RegistryClient(self._settings(ref.registry, credentials)) as client:
-                digest = resolve(client, ref)
-                resolved(digest)
-                stored = pull_model_image(
+                pull_model_image(
                     client,
                     self._store,
                     ref.pinned(digest),
@@ -81,10 +83,9 @@ class RegistryImages:
                     cancelled=cancelled.is_set,
                     verify=lambda digest, _: self._verify(client, ref, digest),
                 )
-            return stored.digest
 
         try:
-            return await _in_thread(work)
+            await _in_thread(work)
         finally:
             # The thread of a cancelled pull ends at its next block.
             cancelled.set()
@@ -132,6 +133,11 @@ class RegistryImages:
     async def remove(self, digest: str) -> None:
         await _in_thread(lambda: self._store.remove(digest))
 
+    def views(self) -> tuple[StoredView, ...]:
+        return tuple(
+            StoredView(image.digest, image.reference, image.size) for image in self._store.images()
+        )
+
     def _settings(self, address: str, credentials: Credentials) -> RegistrySettings:
         """The device's settings for `address`, with the manifest's login when it brings one."""
         known = self._registries.get(address, RegistryConfig(address))
@@ -154,6 +160,11 @@ async def _in_thread(work: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(work)
     except ImageError as error:
-        raise StepFailed(str(error), retryable=error.retryable) from error
+        raise StepFailed(
+            str(error),
+            retryable=error.retryable,
+            unreachable=isinstance(error, RegistryUnavailable),
+            code=DISK_FULL if isinstance(error, StorageFull) else "",
+        ) from error
     except ConfigError as error:
         raise StepFailed(str(error), retryable=True) from error

@@ -21,6 +21,7 @@ from .document import (
 )
 from .edge_hub import EdgeHub, parse_edge_hub
 from .layers import LAYERS, check_parts, laid_over, merge_layers
+from .module_env import module_update_mode, probation_seconds
 from .module_spec import (
     MAX_STARTUP_ORDER,
     DesiredRunState,
@@ -122,6 +123,8 @@ def parse_manifest(body: bytes) -> Manifest:
         key=lambda spec: (spec.startup_order, spec.name),
     )
     check_endpoints(modules)
+    for spec in modules:
+        probation_seconds(spec)
     edge_hub, module_twins = _other_sections(outer)
     return Manifest(
         schema_version=schema_version,

@@ -6,153 +6,91 @@ to a crash is simply planned again; every step may therefore run twice and must 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 
-from .scoring_env import ScoringOptions
+from .plan_containers import (
+    RUNNING_STATES,
+    Move,
+    advance,
+    clear,
+    has_image,
+    is_healthy,
+    stop,
+    strangers,
+    view_of,
+)
+from .plan_models import (
+    instance_state,
+    instance_step,
+    ready_endpoints,
+    routes_of,
+    wanted_endpoints,
+    wanted_routes,
+)
+from .plan_types import (
+    Collect,
+    Create,
+    Failure,
+    History,
+    InstanceView,
+    Kind,
+    Load,
+    Observed,
+    Plan,
+    Probe,
+    Pull,
+    Remove,
+    RemoveImage,
+    Resolve,
+    Route,
+    Rules,
+    Start,
+    Step,
+    Stop,
+    Switch,
+    Target,
+    Unload,
+    UpdateMode,
+    Wanted,
+    WantedModule,
+    module_of,
+    subject,
+)
+from .runtime.container import ContainerSpec
+from .startup import holding
 
-
-@dataclass(frozen=True, slots=True)
-class WantedModule:
-    """A model module of a deployment. `digest` is None until its image name was resolved.
-
-    `instance` is the name under which the scoring process knows this module with this image and
-    these load options; None until `digest` is known.
-    """
-
-    name: str
-    image: str
-    digest: str | None
-    instance: str | None
-    options: ScoringOptions
-    running: bool = True
-    may_pull: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The modules of one deployment."""
-
-    generation: int
-    modules: tuple[WantedModule, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A share of an endpoint's requests. `percent` of the default target is the remainder."""
-
-    instance: str
-    percent: int
-    default: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    endpoint: str
-    targets: tuple[Target, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceView:
-    """A model inside the scoring process: `state` is "loaded", "ready" or "failed"."""
-
-    name: str
-    state: str
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """`scoring_up` False means that instances and routes are unknown, not that there are none."""
-
-    images: frozenset[str]
-    scoring_up: bool
-    instances: Mapping[str, InstanceView]
-    routes: tuple[Route, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """Resolve the image name to a digest, pin it, and bring the image into the store, verified.
-
-    With `only_local` (imagePullPolicy never) an image that is not in the store is an error.
-    """
-
-    generation: int
-    module: str
-    image: str
-    only_local: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    module: str
-    instance: str
-    digest: str
-    options: ScoringOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    module: str
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    routes: tuple[Route, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class Collect:
-    """Remove an image that no deployment worth keeping names."""
-
-    digest: str
-
-
-Step = Pull | Load | Probe | Switch | Unload | Collect
-
-
-def subject(step: Step) -> str:
-    """What a step works on; at most one step per subject runs at a time.
-
-    Steps with the same subject and kind share one back-off.
-    """
-    if isinstance(step, (Pull, Load, Probe)):
-        return f"module:{step.module}"
-    if isinstance(step, Switch):
-        return "routes"
-    if isinstance(step, Unload):
-        return f"instance:{step.instance}"
-    return f"image:{step.digest}"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The last failures of one step. `retry_at` is on the monotonic clock, in seconds."""
-
-    step: Step
-    count: int
-    retry_at: float
-    message: str
-    retryable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """`steps` may start now; `blocked` are failures that hold a step back, with their reasons.
-
-    `settled`: every wanted module is ready and routed, and nothing else serves.
-    """
-
-    steps: tuple[Step, ...]
-    blocked: tuple[Failure, ...]
-    settled: bool
+__all__ = [
+    "Collect",
+    "Create",
+    "Failure",
+    "History",
+    "InstanceView",
+    "Kind",
+    "Load",
+    "Observed",
+    "Plan",
+    "Probe",
+    "Pull",
+    "Remove",
+    "RemoveImage",
+    "Resolve",
+    "Route",
+    "Rules",
+    "Start",
+    "Step",
+    "Stop",
+    "Switch",
+    "Target",
+    "Unload",
+    "UpdateMode",
+    "Wanted",
+    "WantedModule",
+    "module_of",
+    "plan",
+    "routes_of",
+    "subject",
+    "wanted_routes",
+]
 
 
 def plan(
@@ -160,125 +98,327 @@ def plan(
     fallback: Wanted | None,
     observed: Observed,
     failures: Mapping[Step, Failure],
-    keep_images: frozenset[str],
     now: float,
+    history: History | None = None,
+    rules: Rules | None = None,
 ) -> Plan:
     """The steps that bring `observed` to `wanted`.
 
-    While an endpoint of `wanted` is not ready, the modules of `fallback` (the last good deployment)
-    that serve it are wanted too: a restart in the middle of an update finds the old version again.
-    `keep_images` are never collected, whatever else holds.
+    While a module of `wanted` is not there yet, what `fallback` (the last good deployment) runs in
+    its place is wanted too: a restart in the middle of an update finds the old version again.
     """
     if fallback is not None and fallback.generation == wanted.generation:
         fallback = None
-    ready = _ready_endpoints(wanted, observed)
-    needed = [module for module in wanted.modules if module.running]
-    wanted_endpoints = {module.options.endpoint for module in needed}
-    if fallback is not None:
-        needed += [
-            module
-            for module in fallback.modules
+    return _Planning(
+        wanted, fallback, observed, failures, now, history or History(), rules or Rules()
+    ).plan()
+
+
+class _Planning:
+    """One call of `plan`."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        fallback: Wanted | None,
+        observed: Observed,
+        failures: Mapping[Step, Failure],
+        now: float,
+        history: History,
+        rules: Rules,
+    ) -> None:
+        self.wanted = wanted
+        self.fallback = fallback
+        self.observed = observed
+        self.failures = failures
+        self.now = now
+        self.history = history
+        self.rules = rules
+        self.running = [module for module in wanted.modules if module.running]
+        self.old = {
+            module.name: module
+            for module in (fallback.modules if fallback is not None else ())
             if module.running
-            and module.options.endpoint in wanted_endpoints - ready
-            and module.digest in observed.images
+        }
+        self.missing = {m.name for m in self.running if not self._is_here(m)}
+        # Until all images are here, nothing that serves now is changed.
+        self.frozen = wanted.update_mode == "WaitForAllPulls" and bool(self.missing)
+        self.at_goal = frozenset(m.name for m in wanted.modules if self._at_goal(m))
+        self.steps: list[Step] = []
+        self.stopped_by: list[Failure] = []
+        self.waits: dict[str, str] = {}
+        self.times: list[float] = []
+
+    def plan(self) -> Plan:
+        if self.observed.engine == "up" and not self.missing:
+            self._clear_away()
+        for module in self.wanted.modules:
+            if not module.running:
+                if self.observed.engine == "up" and not self.frozen:
+                    self._add(stop(module.name, self.observed, "the deployment wants it stopped"))
+                continue
+            self._bring(module)
+            self._run_container(module)
+            self._serve(module)
+        if self.missing:
+            self._keep_running()
+        kept = self._keep_serving()
+        self._route(kept)
+        settled = (
+            not self.steps
+            and not self.waits
+            and not self.stopped_by
+            and self.at_goal == {module.name for module in self.wanted.modules}
+        )
+        for step in self.history.discard:
+            if not self._needs(step.digest):
+                self._add(step)
+        held = [self.failures[step] for step in self.steps if step in self.failures]
+        waiting = [f for f in held if not f.retryable or f.retry_at > self.now]
+        later = {failure.step for failure in waiting}
+        return Plan(
+            tuple(step for step in self.steps if step not in later),
+            (*self.stopped_by, *waiting),
+            settled,
+            self.at_goal,
+            tuple(sorted(self.waits.items())),
+            min(self.times, default=None),
+        )
+
+    def _add(self, step: Step | None) -> None:
+        """One step per subject: the first one that was found."""
+        if step is not None and subject(step) not in map(subject, self.steps):
+            self.steps.append(step)
+
+    # -- images --------------------------------------------------------------------------------
+
+    def _is_here(self, module: WantedModule) -> bool:
+        return bool(module.digest and module.kind and has_image(module, self.observed))
+
+    def _bring(self, module: WantedModule) -> None:
+        if not module.digest or not module.kind:
+            self._add(
+                Resolve(self.wanted.generation, module.name, module.image, not module.may_pull)
+            )
+            return
+        if module.contained:
+            trouble = self._trouble(module)
+            if trouble is not None:
+                self.stopped_by.append(trouble)
+                return
+        if module.name in self.missing:
+            self._add(
+                Pull(module.name, module.image, module.digest, module.kind, not module.may_pull)
+            )
+
+    def _trouble(self, module: WantedModule) -> Failure | None:
+        """Why no container of this module can be made now, whatever is tried."""
+        engine = self.observed.engine
+        if module.refused:
+            message, retryable, code = module.refused, False, "REFUSED"
+        elif engine == "none":
+            message = f"this device has no container engine: {self.observed.engine_error}"
+            retryable, code = False, "NO_ENGINE"
+        elif engine == "down":
+            message = f"the container engine does not answer: {self.observed.engine_error}"
+            retryable, code = True, "ENGINE_DOWN"
+        else:
+            return None
+        spec = module.container or ContainerSpec(
+            module.name, module.name, module.image, module.digest or "", "{}"
+        )
+        return Failure(Create(module.name, spec), 1, self.now, message, retryable, code)
+
+    def _needs(self, digest: str) -> bool:
+        modules = [*self.wanted.modules, *(self.fallback.modules if self.fallback else ())]
+        return any(module.digest == digest for module in modules)
+
+    # -- containers ----------------------------------------------------------------------------
+
+    def _run_container(self, module: WantedModule) -> None:
+        if self.observed.engine != "up" or module.kind == "model":
+            return
+        view = view_of(module, self.observed)
+        there = (
+            view is not None
+            and module.container is not None
+            and view.spec == module.container.fingerprint()
+        )
+        if (
+            module.contained
+            and module.container is not None
+            and not module.refused
+            and module.name not in self.missing
+            and (there or not self.frozen)
+        ):
+            move = advance(module, self.observed, self.history, self.rules, self.now)
+            if move.step is None:
+                # A container of an earlier agent, under another name.
+                self._add(clear(module.name, self.observed, module.container.name))
+            if self._move(module, move) or there:
+                return
+        if module.name in self.old:
+            self._move(self.old[module.name], self._advance_old(self.old[module.name]))
+
+    def _keep_running(self) -> None:
+        """What the new deployment lacks goes on until all of its images are here."""
+        decided = {
+            module.name
+            for module in self.wanted.modules
+            if module.kind != "model" and (module.running or not self.frozen)
+        }
+        for name, module in self.old.items():
+            if name not in decided:
+                self._move(module, self._advance_old(module))
+
+    def _advance_old(self, module: WantedModule) -> Move:
+        """Keeps a module of the last good deployment running in place of what is not there yet."""
+        if (
+            self.observed.engine != "up"
+            or not module.contained
+            or module.refused
+            or not has_image(module, self.observed)
+        ):
+            return Move()
+        return advance(module, self.observed, self.history, self.rules, self.now)
+
+    def _move(self, module: WantedModule, move: Move) -> bool:
+        """Whether the move may be made now; False also where there is none."""
+        if move.wake_at is not None:
+            self.times.append(move.wake_at)
+        if move.step is None or (move.fresh and self._waits(module)):
+            return False
+        self._add(move.step)
+        return True
+
+    def _waits(self, module: WantedModule) -> bool:
+        """Whether earlier start groups come first."""
+        ready: Collection[str] = self.at_goal
+        if self.old.get(module.name) == module:
+            # It changes nothing: what runs of the last good deployment is enough for it.
+            ready = self.at_goal | self._old_healthy()
+        others = holding(
+            module,
+            self.wanted.modules,
+            ready,
+            self.history.unready,
+            self.rules.startup_wait,
+            self.now,
+        )
+        if others:
+            names = ", ".join(sorted(other.name for other in others))
+            self.waits[module.name] = f"waits for {names}, which starts before it"
+            since = [self.history.unready.get(other.name, self.now) for other in others]
+            self.times.append(max(since) + self.rules.startup_wait)
+        return bool(others)
+
+    def _old_healthy(self) -> set[str]:
+        return {
+            name
+            for name, module in self.old.items()
+            if (
+                is_healthy(module, self.observed, self.history, self.rules, self.now)
+                if module.contained
+                else instance_state(self.observed, module.instance) == "ready"
+            )
+        }
+
+    def _clear_away(self) -> None:
+        """Containers that nobody wants; requests stop coming to them first."""
+        modules = {m.name for m in self.wanted.modules if m.kind != "model"}
+        wanted = {m.instance for m in self.wanted.modules}
+        for name in strangers(modules, self.observed):
+            serving = [
+                instance
+                for instance in self.observed.instances
+                if instance.partition("@")[0] == name and instance not in wanted
+            ]
+            if not serving:
+                self._add(clear(name, self.observed))
+
+    # -- the scoring process -------------------------------------------------------------------
+
+    def _serve(self, module: WantedModule) -> None:
+        if not module.scores or module.name in self.missing:
+            return
+        step = self._instance_step(module)
+        if isinstance(step, Load):
+            same = self.old.get(module.name)
+            if self.frozen and (same is None or same.instance != module.instance):
+                return
+            if self._waits(module):
+                return
+        self._add(step)
+
+    def _instance_step(self, module: WantedModule) -> Step | None:
+        if module.contained:
+            view = view_of(module, self.observed)
+            if view is None or view.state != "running":
+                return None
+            if instance_state(self.observed, module.instance) != "ready" and not is_healthy(
+                module, self.observed, self.history, self.rules, self.now
+            ):
+                return None
+        return instance_step(module, self.observed)
+
+    def _keep_serving(self) -> list[WantedModule]:
+        """The modules of the last good deployment that are still needed; loads them again."""
+        ready = ready_endpoints(self.wanted, self.observed)
+        endpoints = wanted_endpoints(self.wanted)
+        kept = [
+            module
+            for module in self.old.values()
+            if module.scores
+            and self._is_here(module)
+            and (
+                module.options.endpoint in endpoints - ready
+                or (self.frozen and module.options.endpoint not in endpoints)
+            )
         ]
+        for module in kept:
+            self._add(self._instance_step(module))
+        return kept
 
-    steps: list[Step] = []
-    for module in needed:
-        step = _next_step(module, wanted.generation, observed)
-        if step is not None and step not in steps:
-            steps.append(step)
-
-    settled = False
-    if observed.scoring_up:
-        routes = wanted_routes(wanted, fallback, observed)
+    def _route(self, kept: Iterable[WantedModule]) -> None:
+        observed = self.observed
+        if not observed.scoring_up:
+            return
+        routes = wanted_routes(self.wanted, self.fallback, observed)
+        if self.frozen:
+            served = {route.endpoint for route in routes} | wanted_endpoints(self.wanted)
+            stay = [
+                route
+                for route in observed.routes
+                if route.endpoint not in served
+                and all(
+                    instance_state(observed, target.instance) == "ready" for target in route.targets
+                )
+            ]
+            routes = tuple(sorted((*routes, *stay), key=lambda route: route.endpoint))
         if routes != observed.routes:
-            steps.append(Switch(routes))
+            self._add(Switch(routes))
         routed = {
             target.instance for route in (*routes, *observed.routes) for target in route.targets
         }
-        spared = routed | {module.instance for module in needed}
-        steps += [Unload(name) for name in sorted(observed.instances) if name not in spared]
-        settled = not steps and ready == wanted_endpoints
-    if settled:
-        in_use = keep_images | {module.digest for module in wanted.modules}
-        steps += [Collect(digest) for digest in sorted(observed.images - in_use)]
+        needed = {module.instance for module in (*self.running, *kept)}
+        for name in sorted(observed.instances):
+            if name not in routed | needed:
+                self._add(Unload(name))
 
-    held = [failures[step] for step in steps if step in failures]
-    blocked = tuple(f for f in held if not f.retryable or f.retry_at > now)
-    waiting = {failure.step for failure in blocked}
-    return Plan(tuple(step for step in steps if step not in waiting), blocked, settled)
+    # -- the goal ------------------------------------------------------------------------------
 
-
-def wanted_routes(wanted: Wanted, fallback: Wanted | None, observed: Observed) -> tuple[Route, ...]:
-    """Routes by endpoint name: the new targets where all are ready, else what serves it now.
-
-    What serves now is the present route as far as its instances are alive, else the ready ones
-    of `fallback`.
-    """
-    ready = _ready_endpoints(wanted, observed)
-    present = {route.endpoint: route for route in observed.routes}
-    old = routes_of(fallback.modules) if fallback is not None else {}
-    routes = []
-    for endpoint, route in routes_of(wanted.modules).items():
-        if endpoint in ready:
-            routes.append(route)
-            continue
-        for candidate in (present.get(endpoint), old.get(endpoint)):
-            if candidate is not None and all(
-                _state(observed, target.instance) == "ready" for target in candidate.targets
-            ):
-                routes.append(candidate)
-                break
-    return tuple(sorted(routes, key=lambda route: route.endpoint))
-
-
-def routes_of(modules: Iterable[WantedModule]) -> dict[str, Route]:
-    """Endpoint -> route for the running modules, as if all of them were ready."""
-    shares: dict[str, list[WantedModule]] = {}
-    for module in modules:
-        if module.running:
-            shares.setdefault(module.options.endpoint, []).append(module)
-    return {endpoint: Route(endpoint, _targets(sharing)) for endpoint, sharing in shares.items()}
-
-
-def _targets(modules: list[WantedModule]) -> tuple[Target, ...]:
-    # Without an explicit default the first module without a share is it; if each has a share,
-    # the first one takes the remainder.
-    ordered = sorted(modules, key=lambda module: (module.options.traffic is not None, module.name))
-    default, *others = ordered
-    percent = [module.options.traffic or 0 for module in others]
-    return (
-        Target(default.instance or "", max(0, 100 - sum(percent)), True),
-        *(
-            Target(module.instance or "", share, False)
-            for module, share in zip(others, percent, strict=True)
-        ),
-    )
-
-
-def _ready_endpoints(wanted: Wanted, observed: Observed) -> set[str]:
-    waiting = {
-        module.options.endpoint
-        for module in wanted.modules
-        if module.running and _state(observed, module.instance) != "ready"
-    }
-    return {m.options.endpoint for m in wanted.modules if m.running} - waiting
-
-
-def _next_step(module: WantedModule, generation: int, observed: Observed) -> Step | None:
-    if module.digest is None or module.instance is None or module.digest not in observed.images:
-        return Pull(generation, module.name, module.image, not module.may_pull)
-    if not observed.scoring_up:
-        return None
-    state = _state(observed, module.instance)
-    if state is None:
-        return Load(module.name, module.instance, module.digest, module.options)
-    if state in ("loaded", "failed"):
-        return Probe(module.name, module.instance)
-    return None
-
-
-def _state(observed: Observed, instance: str | None) -> str | None:
-    view = observed.instances.get(instance) if instance is not None else None
-    return None if view is None else view.state
+    def _at_goal(self, module: WantedModule) -> bool:
+        observed = self.observed
+        if not module.running:
+            return not any(
+                view.module == module.name and view.state in RUNNING_STATES
+                for view in observed.containers.values()
+            )
+        if not module.digest or not module.kind:
+            return False
+        if module.contained and not (
+            observed.engine == "up"
+            and is_healthy(module, observed, self.history, self.rules, self.now)
+        ):
+            return False
+        return not module.scores or instance_state(observed, module.instance) == "ready"

@@ -22,15 +22,20 @@ from typing import Any, Protocol
 from .clock import Clock, SystemClock
 from .conditions import Condition, Start, conditions, note_starts
 from .config import AgentConfig, ConfigError, read_secret
+from .container_modules import DeviceContainers, boot_id, open_engine
 from .control_server import ControlServer
+from .engine import Engine
+from .image_housekeeping import HostDisk, ImageHousekeeping
+from .image_retention import RetentionRules
 from .image_trust import ImageTrust
 from .images import RegistryImages
 from .manifest_fetch import HttpFetch
 from .manifest_source import ManifestSource
-from .methods.commands import DeviceCommands
+from .methods.operations import Operations
 from .module_spec import ModuleSpec
 from .outbox import Limits, Outbox
 from .outbox_sender import OutboxSender
+from .plan_types import Kind
 from .publish import Publisher
 from .reconcile import Reconciler, ReconcileSettings, Snapshot, Verdict
 from .reported import (
@@ -41,7 +46,9 @@ from .reported import (
     build_reported,
     shutdown_report,
 )
+from .restarts import RestartRules
 from .roles import board_of
+from .runtime.container import ContainerRuntime
 from .scoring_link import ScoringLink
 from .status import (
     deployment_document,
@@ -53,12 +60,13 @@ from .steps import Executor, Images, ScoringControl, StepFailed
 from .store import StateStore, StoreError
 from .telemetry import LifecycleEvents, limits_for
 from .trust import load_trust
-from .twin.transport import MethodResult, TwinTransport
+from .twin.transport import TwinTransport
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 2.0
 LOCAL = "local"
+ENGINE_SEEN = "engine-seen"
 
 
 async def run_agent(config: AgentConfig) -> int:
@@ -112,6 +120,7 @@ class Agent:
         control: Callable[..., Control] = ControlServer,
         settings: ReconcileSettings | None = None,
         jitter: Random | None = None,
+        runtime: ContainerRuntime | None = None,
     ) -> None:
         """`outbox` is None where there is no link. The rest is for simulations.
 
@@ -130,18 +139,28 @@ class Agent:
             ImageTrust(trust, store) if trust.images else None,
         )
         self._scoring = scoring or ScoringLink(config.scoring_socket)
+        self._engine = open_engine(
+            config,
+            clock,
+            self._look_again,
+            runtime=runtime,
+            seen_before=store.fact(ENGINE_SEEN) != "",
+            jitter=jitter,
+        )
+        self._engine_noted = store.fact(ENGINE_SEEN) != ""
+        housekeeping = ImageHousekeeping(
+            store, clock, retention_rules(config), HostDisk(), config.device.state_dir / "images"
+        )
         self._reconciler = Reconciler(
             store,
-            Executor(self._images, self._scoring, store.pin),
+            Executor(self._images, self._scoring, store.pin, self._engine, housekeeping.bringing),
             clock,
-            settings
-            or ReconcileSettings(
-                config.deployment.probation_seconds,
-                config.deployment.retry_base_seconds,
-                config.deployment.retry_cap_seconds,
-            ),
+            settings or reconcile_settings(config),
             self._publish,
             jitter,
+            maker=DeviceContainers(config),
+            housekeeping=housekeeping,
+            boot_id=boot_id(),
         )
         http_hosts = config.deployment.manifest_http_hosts
         self._source = ManifestSource(
@@ -157,8 +176,11 @@ class Agent:
             ),
             jitter=jitter,
         )
+        self._operations = Operations(
+            config, clock, self._reconciler, self._kinds, self._status, self._engine.runtime
+        )
         self._publisher = Publisher(
-            links, self._source.submit, {"ping": _ping}, self._link_changed, jitter
+            links, self._source.submit, self._operations.methods(), self._link_changed, jitter
         )
         self._outbox = outbox
         self._upstream = _upstream(config, links)
@@ -167,9 +189,8 @@ class Agent:
         if outbox is not None and self._upstream is not None:
             self._sender = OutboxSender(outbox, self._upstream, self._upstream_connected, jitter)
             self._events = LifecycleEvents(outbox, store, config.device_id, clock)
-        self._commands = DeviceCommands(self._invoke)
         self._control: Control = control(
-            config.agent_socket, self._apply, self._status, self._commands
+            config.agent_socket, self._apply, self._status, self._operations
         )
         self._snapshot = Snapshot()
         self._starts: dict[str, Start] = {}
@@ -191,6 +212,8 @@ class Agent:
         if self._sender is not None and self._events is not None:
             self._events.started("agent", uuid.uuid4().hex, os.getpid())
             work.append(self._sender.run())
+        if isinstance(self._engine, Engine):
+            work.append(self._engine.run())
         jobs = [asyncio.ensure_future(job) for job in work]
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
@@ -202,8 +225,14 @@ class Agent:
             for job in jobs:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
+            await self._operations.close()
             await self._control.stop()
             await self._scoring.close()
+            if isinstance(self._engine, Engine):
+                await self._engine.close()
+
+    def _look_again(self) -> None:
+        self._reconciler.wake()
 
     def _link_changed(self) -> None:
         self._reconciler.wake()
@@ -220,13 +249,16 @@ class Agent:
     def _apply(self, manifest: bytes) -> Verdict:
         return self._source.submit(LOCAL, 0, manifest, always=True)
 
-    async def _invoke(self, method: str, payload: Any) -> MethodResult:
-        return await self._publisher.method(LOCAL, method, payload)
+    def _kinds(self) -> dict[str, Kind]:
+        wanted = self._snapshot.wanted
+        return {} if wanted is None else {module.name: module.kind for module in wanted.modules}
 
     # -- reports -------------------------------------------------------------------------------
 
     def _publish(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        if snapshot.observed is not None and snapshot.observed.engine == "up":
+            self._note_engine()
         self._starts = note_starts(self._starts, snapshot, self._clock.now())
         if self._outbox is not None and self._events is not None:
             self._events.note(snapshot)
@@ -238,6 +270,12 @@ class Agent:
         notice = asyncio.ensure_future(self._control.changed())
         self._notices.add(notice)
         notice.add_done_callback(self._notices.discard)
+
+    def _note_engine(self) -> None:
+        """From now on an engine is missed when it is away."""
+        if not self._engine_noted:
+            self._engine_noted = True
+            self._store.note_fact(ENGINE_SEEN, "yes")
 
     def _say_goodbye(self) -> None:
         for source in self._publisher.sources():
@@ -311,6 +349,30 @@ class Agent:
         )
 
 
+def reconcile_settings(config: AgentConfig) -> ReconcileSettings:
+    deployment = config.deployment
+    return ReconcileSettings(
+        deployment.probation_seconds,
+        deployment.retry_base_seconds,
+        deployment.retry_cap_seconds,
+        update_mode=deployment.update_mode,
+        startup_wait_seconds=deployment.startup_wait_seconds,
+        exits=deployment.exits,
+        healthy_deadline_seconds=deployment.healthy_deadline_seconds,
+        restarts=RestartRules(
+            deployment.restart_base_seconds,
+            deployment.restart_cap_seconds,
+            deployment.restart_limit,
+            deployment.restart_reset_seconds,
+        ),
+    )
+
+
+def retention_rules(config: AgentConfig) -> RetentionRules:
+    images = config.images
+    return RetentionRules(images.keep_days, images.min_free_percent, images.min_free_bytes)
+
+
 def outbox_limits(config: AgentConfig) -> Limits:
     """The device's own limits, where no manifest sets others."""
     telemetry = config.telemetry
@@ -381,7 +443,6 @@ def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
 
 
 def _module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
-    start = condition.start
     details = dict(condition.details)
     if "backends" in details:
         # Counters would make every report differ from the one before: they are metrics, not state.
@@ -394,9 +455,11 @@ def _module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
         condition.status,
         condition.description,
         image_hash=condition.digest,
-        started=start.at if start else None,
-        restarted=start.at if start and start.restarts else None,
-        restart_count=start.restarts if start else 0,
+        started=condition.started,
+        exited=condition.exited,
+        restarted=condition.restarted,
+        restart_count=condition.restarts,
+        exit_code=condition.exit_code,
         details=details,
     )
 
@@ -406,10 +469,6 @@ def _system(spec: ModuleSpec | None, began: datetime) -> ModuleState | None:
     if spec is None:
         return None
     return ModuleState(spec, "running", "provided by gatelet", started=began)
-
-
-async def _ping(payload: Any) -> MethodResult:
-    return MethodResult(200, None)
 
 
 def _processes(file: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The control loop: observe, plan, start what may start, and judge the deployment.
 
-All decisions are in `plan.py` and `deployments.py`; here they meet time, tasks and the store.
+All decisions are in `plan.py`, `probation.py` and `deployments.py`; here they meet time, tasks and
+the store.
 """
 
 from __future__ import annotations
@@ -8,31 +9,59 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from .clock import Clock
 from .deployments import (
-    CRASHES_TOLERATED,
+    ContainerMaker,
     Goal,
-    Probation,
     choose_goal,
-    fatal_failure,
-    given_up,
     inherited_pins,
     wanted_modules,
+)
+from .image_housekeeping import ImageHousekeeping
+from .manifest import Manifest, ManifestError, parse_manifest
+from .plan import (
+    Collect,
+    Failure,
+    History,
+    Load,
+    Observed,
+    Plan,
+    Pull,
+    RemoveImage,
+    Resolve,
+    Rules,
+    Step,
+    UpdateMode,
+    Wanted,
+    plan,
+    subject,
+)
+from .preview import Preview, compare, steps_of
+from .probation import (
+    Probation,
+    ProbationRules,
+    deadlines,
+    fatal_failure,
+    given_up,
+    judge,
     watch,
 )
-from .manifest import Manifest, ManifestError, parse_manifest
-from .plan import Failure, Load, Observed, Plan, Pull, Step, Wanted, plan, subject
-from .steps import Executor, Progress, ScoringView, StepFailed, describe
-from .store import Deployment, Proof, StateStore, document_hash
+from .restart_memory import RestartMemory
+from .restarts import RestartRules, RestartState
+from .startup import note_unready
+from .steps import DISK_FULL, Executor, Progress, ScoringView, StepFailed, describe
+from .store import Deployment, Pin, Proof, StateStore, StoreError, document_hash
 from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)
 
 BUSY_POLL_SECONDS = 0.5
 IDLE_POLL_SECONDS = 2.0
+ROLLBACK = "rollback"
+"""The source of a deployment that was made of an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +71,17 @@ class ReconcileSettings:
     retry_cap_seconds: float = 60.0
     busy_poll_seconds: float = BUSY_POLL_SECONDS
     idle_poll_seconds: float = IDLE_POLL_SECONDS
+    update_mode: UpdateMode = "NonBlocking"
+    startup_wait_seconds: float = 60.0
+    exits: int = 3
+    healthy_deadline_seconds: float = 300.0
+    restarts: RestartRules = field(default_factory=RestartRules)
+
+    def planning(self) -> Rules:
+        return Rules(self.startup_wait_seconds, self.restarts)
+
+    def probation(self) -> ProbationRules:
+        return ProbationRules(self.probation_seconds, self.exits, self.healthy_deadline_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +106,9 @@ class Snapshot:
     failures: tuple[Failure, ...] = ()
     running: tuple[Step, ...] = ()
     progress: tuple[tuple[str, Progress], ...] = ()
+    restarts: Mapping[str, RestartState] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
+    now: float = 0.0
 
 
 class Reconciler:
@@ -79,7 +122,13 @@ class Reconciler:
         settings: ReconcileSettings,
         publish: Callable[[Snapshot], None],
         jitter: random.Random | None = None,
+        *,
+        maker: ContainerMaker | None = None,
+        housekeeping: ImageHousekeeping | None = None,
+        boot_id: str = "",
     ) -> None:
+        """`maker` says what containers shall be, None where there are none; without `housekeeping`
+        no image is ever removed; `boot_id` tells the starts of the host apart."""
         self._store = store
         self._executor = executor
         self._clock = clock
@@ -94,6 +143,11 @@ class Reconciler:
         self._manifests: dict[int, Manifest] = {}
         self._done_at: dict[Step, float] = {}
         self._exposed = 0  # the newest generation of which a model was loaded
+        self._maker = maker
+        self._housekeeping = housekeeping
+        self._restarts = RestartMemory(store, clock, settings.restarts, boot_id)
+        self._unready: dict[str, float] = {}
+        self._observed = Observed(frozenset(), False, {}, ())
 
     # -- documents -----------------------------------------------------------------------------
 
@@ -123,14 +177,21 @@ class Reconciler:
             manifest = parse_manifest(body)
         except ManifestError as error:
             return self.refuse(source, version, sent, error)
-        previous = self._store.last_good()
+        pins = self._inherited(manifest)
         deployment = self._store.accept(source, version, body, document=document, proof=proof)
-        if previous is not None:
-            pins = self._store.pins(previous.generation)
-            old = self._manifest(previous)
-            for module, digest in inherited_pins(manifest, old, pins).items():
-                self._store.pin(deployment.generation, module, digest)
-        log.info("deployment %d from %s accepted", deployment.generation, source)
+        return self._accepted(deployment, pins)
+
+    def _inherited(self, manifest: Manifest) -> dict[str, Pin]:
+        previous = self._store.last_good()
+        if previous is None:
+            return {}
+        pins = self._store.pinned(previous.generation)
+        return inherited_pins(manifest, self._manifest(previous), pins)
+
+    def _accepted(self, deployment: Deployment, pins: Mapping[str, Pin]) -> Verdict:
+        for module, pin in pins.items():
+            self._store.pin(deployment.generation, module, pin.digest, pin.kind)
+        log.info("deployment %d from %s accepted", deployment.generation, deployment.source)
         self._wake.set()
         return Verdict(200, "", deployment.generation)
 
@@ -140,6 +201,90 @@ class Reconciler:
         self._store.refuse(source, version, document, error.code, str(error))
         self._wake.set()
         return Verdict(error.code, str(error))
+
+    def rollback(self, generation: int = 0) -> Verdict:
+        """Deploy an earlier good deployment again, with the very images it had.
+
+        `generation` 0: the good one before the present one. 400 when there is no such deployment.
+        """
+        deployments = self._store.deployments()
+        latest, last_good = self._store.latest(), self._store.last_good()
+        if latest is None or last_good is None:
+            return Verdict(400, "there is no good deployment to return to")
+        # After a failure the last good one runs already.
+        present = last_good if latest.phase == "failed" else latest
+        good = [
+            one
+            for one in deployments
+            if one.phase == "good"
+            and (one.generation == generation if generation else one.body != present.body)
+            and (bool(generation) or one.generation < present.generation)
+        ]
+        if not good:
+            which = f"deployment {generation} is not" if generation else "there is no earlier one"
+            known = ", ".join(str(one.generation) for one in deployments if one.phase == "good")
+            return Verdict(400, f"{which} among the good deployments of this device: {known}")
+        target = good[0]
+        pins = self._store.pinned(target.generation)
+        return self._accepted(self._store.accept(ROLLBACK, target.generation, target.body), pins)
+
+    def restart(self, module: str) -> Verdict:
+        """Restart a module of the running deployment, whatever its restart policy says.
+
+        A model is loaded anew beside the one that serves, which then ends.
+        """
+        latest = self._store.latest()
+        if latest is None:
+            return Verdict(400, "nothing is deployed yet")
+        goal = choose_goal(latest, self._store.last_good()).wanted
+        specs = {spec.name: spec for spec in self._manifest(goal).modules}
+        if module not in specs:
+            known = ", ".join(specs) or "none"
+            return Verdict(400, f"there is no module {module} in the running deployment: {known}")
+        if specs[module].status != "running":
+            return Verdict(400, f"{module} is stopped, as its deployment asks")
+        self._restarts.ask(module)
+        self._wake.set()
+        return Verdict(200, "", goal.generation)
+
+    def preview(self, body: bytes = b"") -> Preview:
+        """What this manifest would change, and the steps that the agent would begin with.
+
+        Empty: the newest deployment against the device as it is.
+        """
+        latest, last_good = self._store.latest(), self._store.last_good()
+        running = None if latest is None else choose_goal(latest, last_good).wanted
+        if not body:
+            if latest is None:
+                return Preview(200, "nothing is deployed yet")
+            body = latest.body
+        try:
+            manifest = parse_manifest(body)
+        except ManifestError as error:
+            return Preview(error.code, str(error))
+        generation = 1 if latest is None else latest.generation + 1
+        pins = self._inherited(manifest)
+        if latest is not None and body == latest.body:
+            generation, pins = latest.generation, self._store.pinned(latest.generation)
+        steps, blocked = steps_of(
+            plan(
+                self._wanted_of(generation, manifest, pins),
+                None if last_good is None else self._wanted(last_good),
+                self._observed,
+                {},
+                self._clock.monotonic(),
+                History(self._restarts.states(), self._unready),
+                self._settings.planning(),
+            )
+        )
+        return Preview(
+            200,
+            "",
+            0 if running is None else running.generation,
+            compare(() if running is None else self._manifest(running).modules, manifest.modules),
+            steps,
+            blocked,
+        )
 
     def wake(self) -> None:
         """Look again now; something may have changed."""
@@ -167,6 +312,14 @@ class Reconciler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pass(self) -> float:
+        try:
+            return await self._look_and_act()
+        except StoreError as error:
+            # What runs goes on; without a place to write its intents the agent changes nothing.
+            log.error("%s", error)
+            return self._settings.idle_poll_seconds
+
+    async def _look_and_act(self) -> float:
         latest = self._store.latest()
         if latest is None:
             self._publish(Snapshot())
@@ -176,10 +329,16 @@ class Reconciler:
         except StepFailed as error:
             log.error("cannot look at the device: %s", error)
             return self._settings.idle_poll_seconds
+        # A newer one may have come while we looked.
+        latest = self._store.latest() or latest
+        self._observed = observed
+        self._restarts.note(observed, self._executor.engine_view)
         goal, current = self._decide(latest, observed, scoring)
         wanted = self._wanted(goal.wanted)
+        self._note_unready(wanted, current)
         self._forget(current)
         self._start(goal.wanted, current)
+        now = self._clock.monotonic()
         self._publish(
             Snapshot(
                 goal=goal,
@@ -188,12 +347,15 @@ class Reconciler:
                 plan=current,
                 observed=observed,
                 scoring=scoring,
-                failures=tuple(self._failures.values()),
+                failures=_united(self._failures.values(), current.blocked),
                 running=tuple(step for step, _ in self._tasks.values()),
                 progress=tuple(sorted(self._progress.items())),
+                restarts=dict(self._restarts.states()),
+                rules=self._settings.planning(),
+                now=now,
             )
         )
-        return self._pause(goal, current, observed)
+        return self._pause(goal, wanted, current, observed)
 
     def _decide(
         self, latest: Deployment, observed: Observed, scoring: ScoringView | None
@@ -202,7 +364,7 @@ class Reconciler:
         while True:
             goal = choose_goal(latest, self._store.last_good())
             current = self._plan(goal, observed)
-            phase, description = self._judge(goal, current, scoring)
+            phase, description = self._judge(goal, current, observed, scoring)
             if phase == goal.wanted.phase:
                 return goal, current
             generation = goal.wanted.generation
@@ -216,7 +378,9 @@ class Reconciler:
             self._store.set_phase(generation, phase, description)
             latest = replace(latest, phase=phase, description=description)
 
-    def _judge(self, goal: Goal, current: Plan, scoring: ScoringView | None) -> tuple[str, str]:
+    def _judge(
+        self, goal: Goal, current: Plan, observed: Observed, scoring: ScoringView | None
+    ) -> tuple[str, str]:
         """The phase the goal's deployment should be in, and why."""
         deployment = goal.wanted
         if goal.rolled_back or deployment.phase not in ("applying", "probation"):
@@ -225,47 +389,92 @@ class Reconciler:
         if fatal is not None:
             return "failed", f"{describe(fatal.step)}: {fatal.message}"
         now = self._clock.monotonic()
-        boot_id = scoring.boot_id if scoring is not None else ""
-        settled = current.settled and not current.blocked
+        wanted = self._wanted(deployment)
         self._probation = watch(
             self._probation,
-            deployment.generation,
-            settled,
-            boot_id,
+            wanted,
+            current,
+            observed,
+            scoring.boot_id if scoring is not None else "",
             now,
             suspect=self._exposed == deployment.generation,
         )
-        if self._probation.crashes > CRASHES_TOLERATED:
-            return "failed", (
-                f"the scoring process died {self._probation.crashes} times while this deployment "
-                "was being applied"
-            )
-        since = self._probation.since
-        if since is None:
-            return "applying", ""
-        good = now - since >= self._settings.probation_seconds
-        return ("good" if good else "probation"), ""
+        return judge(
+            self._probation,
+            wanted,
+            None if goal.fallback is None else self._wanted(goal.fallback),
+            current,
+            observed,
+            History(self._restarts.states(), self._unready),
+            self._settings.planning(),
+            self._settings.probation(),
+            now,
+        )
 
     def _plan(self, goal: Goal, observed: Observed) -> Plan:
         fallback = None if goal.fallback is None else self._wanted(goal.fallback)
-        keep = {
-            digest
-            for deployment in (self._store.last_good(), self._store.latest())
-            if deployment is not None
-            for digest in self._store.pins(deployment.generation).values()
-        }
+        wanted = self._wanted(goal.wanted)
         return plan(
-            self._wanted(goal.wanted),
+            wanted,
             fallback,
             observed,
             given_up(self._failures) if goal.wanted.phase == "failed" else self._failures,
-            frozenset(keep),
             self._clock.monotonic(),
+            History(self._restarts.states(), self._unready, self._discard(observed)),
+            self._settings.planning(),
+        )
+
+    def _discard(self, observed: Observed) -> tuple[Collect | RemoveImage, ...]:
+        """The images that may go now."""
+        if self._housekeeping is None:
+            return ()
+        needed = {view.digest for view in observed.containers.values()}
+        for deployment in (self._store.last_good(), self._store.latest()):
+            if deployment is not None:
+                needed |= set(self._store.pins(deployment.generation).values())
+        needed |= {step.digest for step, _ in self._tasks.values() if isinstance(step, Pull)}
+        loaded = {name.partition("@")[2].partition(".")[0] for name in observed.instances}
+        stored = self._executor.stored_images()
+        needed |= {
+            image.digest for image in stored if image.digest.removeprefix("sha256:")[:12] in loaded
+        }
+        full = frozenset(
+            "store" if failure.step.kind == "model" else "engine"
+            for failure in self._failures.values()
+            if failure.code == DISK_FULL and isinstance(failure.step, Pull)
+        )
+        return self._housekeeping.look(stored, self._executor.engine_view, needed, full)
+
+    def _note_unready(self, wanted: Wanted, current: Plan) -> None:
+        arriving = {
+            step.module
+            for step, _ in self._tasks.values()
+            if isinstance(step, (Resolve, Pull)) and step not in self._failures
+        }
+        arriving |= {
+            step.module
+            for step in current.steps
+            if isinstance(step, (Resolve, Pull)) and step not in self._failures
+        }
+        self._unready = note_unready(
+            self._unready, wanted, current.at_goal, arriving, self._clock.monotonic()
         )
 
     def _wanted(self, deployment: Deployment) -> Wanted:
         generation = deployment.generation
-        return wanted_modules(generation, self._manifest(deployment), self._store.pins(generation))
+        return self._wanted_of(
+            generation, self._manifest(deployment), self._store.pinned(generation)
+        )
+
+    def _wanted_of(self, generation: int, manifest: Manifest, pins: Mapping[str, Pin]) -> Wanted:
+        return wanted_modules(
+            generation,
+            manifest,
+            pins,
+            self._maker,
+            update_mode=self._settings.update_mode,
+            reloads=self._restarts.reloads(),
+        )
 
     def _manifest(self, deployment: Deployment) -> Manifest:
         # Only manifests that parsed are stored, and a generation's body never changes.
@@ -311,11 +520,17 @@ class Reconciler:
         def on_progress(progress: Progress) -> None:
             self._progress[name] = progress
 
-        self._store.journal(generation, describe(step), "started")
         try:
+            self._journal(generation, step, "started")
+            self._restarts.starting(step, again=step in self._failures)
             await self._executor.run(step, credentials, on_progress)
+            self._restarts.done(step)
         except StepFailed as error:
-            self._note_failure(generation, step, str(error), retryable=error.retryable)
+            self._note_failure(
+                generation, step, str(error), retryable=error.retryable, code=error.code
+            )
+        except StoreError as error:
+            self._note_failure(generation, step, str(error), retryable=True, code=DISK_FULL)
         except Exception as error:
             # A defect in one step must not stop the other modules: it is logged whole, reported,
             # and tried again with the usual back-off.
@@ -326,13 +541,26 @@ class Reconciler:
             self._failures.pop(step, None)
             self._done_at[step] = self._clock.monotonic()
             log.info("%s: done", describe(step))
-            self._store.journal(generation, describe(step), "done")
+            self._journal(generation, step, "done")
         finally:
             self._progress.pop(name, None)
             self._tasks.pop(name, None)
             self._wake.set()
 
-    def _note_failure(self, generation: int, step: Step, message: str, *, retryable: bool) -> None:
+    def _journal(self, generation: int, step: Step, outcome: str, message: str = "") -> None:
+        # Nothing is decided by the journal: a full disk must not stop what could help.
+        try:
+            self._store.journal(generation, describe(step), outcome, message)
+        except StoreError as error:
+            log.error("%s", error)
+
+    def _note_failure(
+        self, generation: int, step: Step, message: str, *, retryable: bool, code: str = ""
+    ) -> None:
+        try:
+            self._restarts.failed(step)
+        except StoreError as error:
+            log.error("%s", error)
         count = self._failures[step].count + 1 if step in self._failures else 1
         delay = full_jitter(
             count - 1,
@@ -341,17 +569,28 @@ class Reconciler:
             self._jitter,
         )
         retry_at = self._clock.monotonic() + delay
-        self._failures[step] = Failure(step, count, retry_at, message, retryable)
+        self._failures[step] = Failure(step, count, retry_at, message, retryable, code)
         log.warning("%s failed (attempt %d): %s", describe(step), count, message)
-        self._store.journal(generation, describe(step), "failed", message)
+        self._journal(generation, step, "failed", message)
 
-    def _pause(self, goal: Goal, current: Plan, observed: Observed) -> float:
+    def _pause(self, goal: Goal, wanted: Wanted, current: Plan, observed: Observed) -> float:
         now = self._clock.monotonic()
         pause = self._settings.idle_poll_seconds
         if self._tasks or not observed.scoring_up or not current.settled:
             pause = self._settings.busy_poll_seconds
-        times = [failure.retry_at for failure in current.blocked if failure.retryable]
-        probation = self._probation
-        if goal.wanted.phase == "probation" and probation is not None and probation.since:
-            times.append(probation.since + self._settings.probation_seconds)
+        times = [
+            failure.retry_at
+            for failure in current.blocked
+            if failure.retryable and failure.step in self._failures
+        ]
+        if current.wake_at is not None:
+            times.append(current.wake_at)
+        if goal.wanted.phase in ("applying", "probation") and self._probation is not None:
+            times += deadlines(self._probation, wanted, self._settings.probation())
         return max(0.01, min([pause, *(time - now for time in times)]))
+
+
+def _united(noted: Iterable[Failure], blocked: Iterable[Failure]) -> tuple[Failure, ...]:
+    """Failures of steps, and what holds modules up before any step."""
+    found = {failure.step: failure for failure in (*blocked, *noted)}
+    return tuple(found.values())

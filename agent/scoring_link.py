@@ -11,9 +11,10 @@ import grpc.aio
 
 from ..protos import control_pb2 as pb
 from ..protos.services import AsyncScoringStub
+from .canary import Counts
 from .plan import InstanceView, Route, Target
 from .scoring_env import ScoringOptions
-from .steps import BackendView, LoadedModel, ScoringView, StepFailed
+from .steps import BackendView, LoadedModel, MirrorView, ScoringView, StepFailed
 
 STATUS_SECONDS = 5.0
 LOAD_SECONDS = 300.0
@@ -68,23 +69,33 @@ class ScoringLink:
             tuple(
                 Route(
                     route.endpoint,
-                    tuple(Target(t.instance, t.percent, t.default) for t in route.targets),
+                    tuple(
+                        Target(t.instance, t.percent, t.default, t.mirror, t.mirror_tolerance)
+                        for t in route.targets
+                    ),
+                    route.sticky_header,
                 )
                 for route in sorted(answer.routes, key=lambda route: route.endpoint)
+            ),
+            tuple(
+                (name, address)
+                for name, address in (
+                    ("grpc", answer.grpc_address),
+                    ("http", answer.http_address),
+                    ("metrics", answer.metrics_address),
+                )
+                if address
             ),
         )
 
     async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
         request = pb.LoadRequest(
-            instance=instance,
-            directory=str(directory),
-            options=pb.ScoringOptions(
-                backends=options.backends,
-                max_batch=options.max_batch,
-                max_delay_us=options.max_delay_us,
-                timeout_ms=options.timeout_ms,
-            ),
+            instance=instance, directory=str(directory), options=_options(options)
         )
+        await _ask(lambda: self._stub.load(request, timeout=LOAD_SECONDS))
+
+    async def attach(self, instance: str, socket: str, options: ScoringOptions) -> None:
+        request = pb.LoadRequest(instance=instance, socket=socket, options=_options(options))
         await _ask(lambda: self._stub.load(request, timeout=LOAD_SECONDS))
 
     async def probe(self, instance: str) -> None:
@@ -99,9 +110,16 @@ class ScoringLink:
                 pb.Route(
                     endpoint=route.endpoint,
                     targets=[
-                        pb.RouteTarget(instance=t.instance, percent=t.percent, default=t.default)
+                        pb.RouteTarget(
+                            instance=t.instance,
+                            percent=t.percent,
+                            default=t.default,
+                            mirror=t.mirror,
+                            mirror_tolerance=t.tolerance,
+                        )
                         for t in route.targets
                     ],
+                    sticky_header=route.sticky,
                 )
                 for route in routes
             ]
@@ -111,6 +129,19 @@ class ScoringLink:
     async def unload(self, instance: str) -> None:
         request = pb.UnloadRequest(instance=instance, drain_ms=int(DRAIN_SECONDS * 1000))
         await _ask(lambda: self._stub.unload(request, timeout=DRAIN_SECONDS + STATUS_SECONDS))
+
+
+def _options(options: ScoringOptions) -> pb.ScoringOptions:
+    return pb.ScoringOptions(
+        backends=options.backends,
+        max_batch=options.max_batch,
+        max_delay_us=options.max_delay_us,
+        timeout_ms=options.timeout_ms,
+        threads=options.threads,
+        instances=options.instances,
+        priority=options.priority,
+        auth=options.auth,
+    )
 
 
 def _model(status: pb.InstanceStatus) -> LoadedModel:
@@ -123,6 +154,21 @@ def _model(status: pb.InstanceStatus) -> LoadedModel:
             for b in status.backends
         ),
         tuple(status.notes),
+        Counts(status.counts.successes, status.counts.failures, status.counts.success_ns),
+        _mirrored(status),
+    )
+
+
+def _mirrored(status: pb.InstanceStatus) -> MirrorView | None:
+    if not status.HasField("mirror"):
+        return None
+    counts = status.mirror
+    return MirrorView(
+        counts.compared,
+        counts.differing,
+        counts.failed,
+        counts.dropped,
+        counts.largest_difference,
     )
 
 

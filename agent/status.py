@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from .conditions import Condition, Start
+from .conditions import Condition
 from .outbox import OutboxStatus
 from .plan import Failure
 from .publish import LinkState
@@ -41,8 +41,11 @@ def status_document(
                 "description": condition.description,
                 "image": specs[condition.module].image,
                 "digest": condition.digest,
-                "started": _time(condition.start),
-                "restarts": condition.start.restarts if condition.start else 0,
+                "kind": condition.kind,
+                "started": _time(condition.started),
+                "exited": _time(condition.exited),
+                "exitCode": condition.exit_code,
+                "restarts": condition.restarts,
                 **condition.details,
             }
             for condition in conditions
@@ -68,6 +71,7 @@ def status_document(
             for s in seen
             if s.code != OK
         ],
+        "scoring": dict(snapshot.scoring.addresses if snapshot.scoring else ()),
         "processes": dict(processes),
         "telemetry": telemetry,
         "fetch": fetch,
@@ -136,6 +140,5 @@ def desired_status(
     return seen.version, FAILED, f"{latest.description}; {tail}"
 
 
-def _time(start: Start | None) -> str | None:
-    at: datetime | None = start.at if start else None
+def _time(at: datetime | None) -> str | None:
     return None if at is None else at.isoformat(timespec="seconds")

@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from .canary import Canary, CanaryPhase
 from .clock import Clock
+from .plan_types import Kind
+from .restarts import RestartState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEPT_DEPLOYMENTS = 32
 KEPT_JOURNAL = 2000
 KEPT_PROOFS = 64
@@ -42,6 +45,22 @@ CREATE TABLE journal (
     step TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL
 ) STRICT;
 """
+
+# Version n brings a database of version n - 1 to its own. Before 2 only models were deployed.
+_MIGRATIONS = {
+    2: """
+ALTER TABLE pin ADD COLUMN kind TEXT NOT NULL DEFAULT 'model';
+CREATE TABLE restart (
+    module TEXT PRIMARY KEY, container TEXT NOT NULL, count INTEGER NOT NULL,
+    exits INTEGER NOT NULL, exit TEXT NOT NULL, stopped INTEGER NOT NULL, asked INTEGER NOT NULL,
+    answered INTEGER NOT NULL, restarted_at TEXT
+) STRICT;
+CREATE TABLE image (
+    digest TEXT PRIMARY KEY, place TEXT NOT NULL, name TEXT NOT NULL, idle REAL NOT NULL
+) STRICT;
+CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+""",
+}
 
 # Tables that an older gatelet passes over: they need no new schema version.
 _ADDED = """
@@ -114,6 +133,25 @@ class Pending:
     document: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What a module's image name was resolved to. `kind`: "model", "container" or "scoring"."""
+
+    digest: str
+    kind: Kind = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownImage:
+    """An image that gatelet brought here. `place` is "store" or "engine"; `idle` are the seconds
+    for which nothing needed it, counted while the agent runs."""
+
+    digest: str
+    place: str
+    name: str
+    idle: float = 0.0
+
+
 class StateStore:
     """Thread-safe; each method is one transaction."""
 
@@ -152,28 +190,40 @@ class StateStore:
 
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == SCHEMA_VERSION:
-            self._db.executescript(_ADDED)
-            return
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{self._path} has schema {version}, this gatelet knows {SCHEMA_VERSION}; "
                 "install the newer gatelet again"
             )
-        self._db.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} {_ADDED} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
-        )
+        steps = [] if version else [_SCHEMA]
+        steps += [text for number, text in sorted(_MIGRATIONS.items()) if number > version]
+        if steps:
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            )
+        self._db.executescript(_ADDED)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-            except BaseException:  # the transaction must end, whatever ended the work in it
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:  # the transaction must end, whatever ended the work in it
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+                try:
+                    self._db.execute("COMMIT")
+                except sqlite3.Error:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                raise StoreError(
+                    f"cannot write {self._path}: {error}; free space on this disk, or check it"
+                ) from error
 
     # -- documents by source -------------------------------------------------------------------
 
@@ -296,19 +346,96 @@ class StateStore:
 
     def pins(self, generation: int) -> dict[str, str]:
         """Module name -> image digest that this deployment runs."""
+        return {module: pin.digest for module, pin in self.pinned(generation).items()}
+
+    def pinned(self, generation: int) -> dict[str, Pin]:
+        """Module name -> digest and kind of the image that this deployment runs."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT module, digest FROM pin WHERE generation=?", (generation,)
+                "SELECT module, digest, kind FROM pin WHERE generation=?", (generation,)
             ).fetchall()
-        return dict(rows)
+        return {module: Pin(digest, kind) for module, digest, kind in rows}
 
-    def pin(self, generation: int, module: str, digest: str) -> None:
+    def pin(self, generation: int, module: str, digest: str, kind: Kind = "model") -> None:
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO pin (generation, module, digest) VALUES (?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET digest=excluded.digest",
-                (generation, module, digest),
+                "INSERT INTO pin (generation, module, digest, kind) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET digest=excluded.digest, kind=excluded.kind",
+                (generation, module, digest, kind),
             )
+
+    # -- restarts ------------------------------------------------------------------------------
+
+    def restarts(self) -> dict[str, RestartState]:
+        """Module -> what is remembered of its restarts."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT module, container, count, exits, exit, stopped, asked, answered, "
+                "restarted_at FROM restart"
+            ).fetchall()
+        return {
+            module: RestartState(
+                container,
+                count,
+                exits,
+                end,
+                bool(stopped),
+                asked,
+                answered,
+                None if at is None else datetime.fromisoformat(at),
+            )
+            for module, container, count, exits, end, stopped, asked, answered, at in rows
+        }
+
+    def set_restart(self, module: str, state: RestartState) -> None:
+        at = None if state.restarted_at is None else state.restarted_at.isoformat()
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO restart VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    module,
+                    state.container,
+                    state.count,
+                    state.exits,
+                    state.exit,
+                    int(state.stopped),
+                    state.asked,
+                    state.answered,
+                    at,
+                ),
+            )
+
+    def forget_restart(self, module: str) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM restart WHERE module=?", (module,))
+
+    # -- images --------------------------------------------------------------------------------
+
+    def known_images(self) -> dict[str, KnownImage]:
+        """Digest -> what is remembered of an image that gatelet brought here."""
+        with self._lock:
+            rows = self._db.execute("SELECT digest, place, name, idle FROM image").fetchall()
+        return {row[0]: KnownImage(*row) for row in rows}
+
+    def set_images(self, images: Iterable[KnownImage], forgotten: Iterable[str] = ()) -> None:
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO image VALUES (?, ?, ?, ?)",
+                [(image.digest, image.place, image.name, image.idle) for image in images],
+            )
+            db.executemany("DELETE FROM image WHERE digest=?", [(d,) for d in forgotten])
+
+    # -- facts ---------------------------------------------------------------------------------
+
+    def fact(self, name: str) -> str:
+        """Empty when it was never noted."""
+        with self._lock:
+            row = self._db.execute("SELECT value FROM fact WHERE name=?", (name,)).fetchone()
+        return "" if row is None else str(row[0])
+
+    def note_fact(self, name: str, value: str) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, value))
 
     # -- canaries ------------------------------------------------------------------------------
 

@@ -11,7 +11,15 @@ from random import Random
 
 from ..agent.plan import InstanceView, Route
 from ..agent.scoring_env import ScoringOptions
-from ..agent.steps import BackendView, LoadedModel, Progress, ScoringView, StepFailed
+from ..agent.steps import (
+    BackendView,
+    LoadedModel,
+    Progress,
+    Resolved,
+    ScoringView,
+    StepFailed,
+    StoredView,
+)
 
 _CPU = BackendView("cpu", True, "", 0, 0)
 
@@ -36,29 +44,35 @@ class MemoryImages:
     async def stored(self) -> frozenset[str]:
         return frozenset(self.stored_digests)
 
+    async def resolve(self, image: str, credentials: tuple[tuple[str, str, str], ...]) -> Resolved:
+        await asyncio.sleep(self.random.uniform(0.1, 2))
+        self._registry(image)
+        return Resolved(image_digest(image), "model")
+
     async def pull(
         self,
         image: str,
+        digest: str,
         credentials: tuple[tuple[str, str, str], ...],
-        on_resolved: Callable[[str], None],
         on_progress: Callable[[Progress], None],
-    ) -> str:
-        await asyncio.sleep(self.random.uniform(0.1, 2))
-        self._registry(image)
-        digest = image_digest(image)
-        on_resolved(digest)
+    ) -> None:
         layers = self.random.randint(1, 4)
         for layer in range(layers):
+            self._registry(image)
             on_progress(Progress("layers", layer, layers, layer, layers))
             await asyncio.sleep(self.random.uniform(0.1, 60))
-            self._registry(image)
+        self._registry(image)
         self.stored_digests.add(digest)
         self.note(f"pulled {image}")
-        return digest
+
+    def views(self) -> tuple[StoredView, ...]:
+        return tuple(StoredView(digest, "", 1) for digest in sorted(self.stored_digests))
 
     def _registry(self, image: str) -> None:
         if not self.registry_up:
-            raise StepFailed(f"{image}: the registry cannot be reached", retryable=True)
+            raise StepFailed(
+                f"{image}: the registry cannot be reached", retryable=True, unreachable=True
+            )
         if self.random.random() < self.errors:
             raise StepFailed(f"{image}: the registry answered 503", retryable=True)
 
@@ -136,6 +150,9 @@ class MemoryScoring:
         self.states[instance] = "loaded"
         self.digests[instance] = digest
         self.note(f"loaded {instance}")
+
+    async def attach(self, instance: str, socket: str, options: ScoringOptions) -> None:
+        raise StepFailed("no container serves here", retryable=False)
 
     async def probe(self, instance: str) -> None:
         await self._work(5)

@@ -11,7 +11,13 @@ from random import Random
 from typing import Any
 
 from ..agent.clock import Clock
-from ..agent.config import AgentConfig, DeviceConfig, TelemetryConfig
+from ..agent.config import (
+    AgentConfig,
+    DeviceConfig,
+    DockerConfig,
+    ImagesConfig,
+    TelemetryConfig,
+)
 from ..agent.outbox import Limits, Outbox
 from ..agent.process import Agent
 from ..agent.reconcile import ReconcileSettings
@@ -86,6 +92,9 @@ class Life:
             device=DeviceConfig(
                 id=DEVICE, state_dir=self.folder, run_dir=self.folder / "run", board="none"
             ),
+            docker=DockerConfig(enabled=False),
+            # The host's disk is no part of the run.
+            images=ImagesConfig(keep_days=1 / 24, min_free_percent=0, min_free_bytes=0),
             telemetry=TelemetryConfig(
                 max_size_bytes=self.limits.max_bytes, ttl_seconds=self.limits.ttl_seconds or 0
             ),

@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 from ..log_lines import LineFilter, chosen, mentions
 from ..logs import LogPart, follow_logs, read_logs
+from ..plan_types import Kind
 from ..runtime.container import ContainerRuntime, LogFilter, LogLine, RuntimeFailed
 
 _AGENT = (LogPart("agent"), LogPart("supervisor"))
@@ -35,12 +36,15 @@ class NoSuchLog(Exception):
 
 
 class ModuleLogs:
-    """`modules` names the modules of the deployment; `containers` is None without an engine."""
+    """`modules` are those of the deployment: name and kind, empty where that is not known yet.
+
+    `containers` is None without an engine.
+    """
 
     def __init__(
         self,
         folder: Path,
-        modules: Callable[[], tuple[str, ...]],
+        modules: Callable[[], Mapping[str, Kind]],
         containers: ContainerRuntime | None = None,
     ) -> None:
         self._folder = folder
@@ -82,31 +86,54 @@ class ModuleLogs:
             raise NoSuchLog(f"the log of {name} cannot be read: {error}") from error
 
     def _read_files(self, name: str, early: LogFilter, wanted: LineFilter) -> list[LogLine]:
-        try:
-            return chosen(read_logs(self._folder, self._parts(name), early), wanted)
-        except OSError as error:
-            raise NoSuchLog(f"the log of {name} cannot be read: {error}") from error
+        return _read(self._folder, name, self._parts(name), early, wanted)
 
     def _parts(self, name: str) -> tuple[LogPart, ...]:
         """Raises NoSuchLog."""
         if name in self._modules():
             about = mentions(name)
             return LogPart("agent", about), LogPart("scoring", about)
-        without_case = {known.lower(): known for known in _PROCESSES}
-        process = _ALIASES.get(name.lower()) or without_case.get(name.lower())
-        if process is None:
+        parts = _process_parts(name)
+        if parts is None:
             known = ", ".join(self.names())
             raise NoSuchLog(f"there is no module {name} on this device; there are: {known}")
-        return _PROCESSES[process]
+        return parts
 
     async def _container(self, name: str) -> str | None:
         """The name of the module's container; also of one that its deployment lost already."""
-        if self._containers is None:
+        kind = self._modules().get(name)
+        if self._containers is None or kind == "model":
             return None
         try:
             found = await self._containers.containers()
         except RuntimeFailed as error:
-            if name in self._modules():
+            if kind:
                 raise NoSuchLog(f"the log of {name} cannot be read: {error}") from error
             return None
         return next((view.name for view in found if view.module == name), None)
+
+
+def read_process_log(folder: Path, name: str, wanted: LineFilter) -> list[LogLine]:
+    """What the files tell without a running agent; any name but a process's is a module's.
+
+    Blocking. Raises NoSuchLog.
+    """
+    about = mentions(name)
+    parts = _process_parts(name) or (LogPart("agent", about), LogPart("scoring", about))
+    where = LogFilter(None, wanted.where.since, wanted.where.until)
+    return _read(folder, name, parts, where, wanted)
+
+
+def _process_parts(name: str) -> tuple[LogPart, ...] | None:
+    without_case = {known.lower(): known for known in _PROCESSES}
+    process = _ALIASES.get(name.lower()) or without_case.get(name.lower())
+    return None if process is None else _PROCESSES[process]
+
+
+def _read(
+    folder: Path, name: str, parts: tuple[LogPart, ...], early: LogFilter, wanted: LineFilter
+) -> list[LogLine]:
+    try:
+        return chosen(read_logs(folder, parts, early), wanted)
+    except OSError as error:
+        raise NoSuchLog(f"the log of {name} cannot be read: {error}") from error

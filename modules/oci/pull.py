@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +77,30 @@ def resolve(client: RegistryClient, ref: ImageRef) -> str:
         client.head_manifest(ref.repository, ref.target)
         or client.get_manifest(ref.repository, ref.target).digest
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image is, without its layers: the digest of its name, and its config's labels."""
+
+    digest: str
+    labels: Mapping[str, str]
+
+
+def image_facts(client: RegistryClient, ref: ImageRef) -> ImageFacts:
+    """Ask the registry what `ref` is for this machine. Raises what `resolve` raises."""
+    digest = resolve(client, ref)
+    what = str(ref.pinned(digest))
+    manifest = parse_manifest(client.get_manifest(ref.repository, digest).raw, what)
+    if isinstance(manifest, Index):
+        machine = platform.machine()
+        chosen = choose_platform(manifest, _GO_ARCHITECTURES.get(machine, machine), what)
+        raw = client.get_manifest(ref.repository, chosen.digest).raw
+        manifest = parse_manifest(raw, what)
+        if not isinstance(manifest, Manifest):
+            raise InvalidImage(f"{what}: an index inside an index; push an image")
+    raw = client.read_blob(ref.repository, manifest.config, MAX_CONFIG_BYTES)
+    return ImageFacts(digest, parse_config(raw, what, len(manifest.layers)).labels)
 
 
 def pull_model_image(

@@ -182,7 +182,7 @@ async def test_a_registry_that_is_down_is_waited_for(
     shared_device: Any, make_deployment: Deployment
 ) -> None:
     await good_deployment(shared_device, make_deployment)
-    image = await shared_device.push("v2")
+    image = await shared_device.push("v2", name="unseen")
     await shared_device.site.registry.stop()
     version = shared_device.desire(make_deployment(image=image, backends="fpga,cpu"))
     await failing(shared_device, version, re.escape(shared_device.site.registry.address))

@@ -9,12 +9,14 @@ from gatelet.agent.deployments import instance_name
 from gatelet.agent.plan import (
     Collect,
     Failure,
+    History,
     InstanceView,
     Load,
     Observed,
     Plan,
     Probe,
     Pull,
+    Resolve,
     Route,
     Step,
     Switch,
@@ -52,6 +54,7 @@ def module(
         instance=None if digest is None else instance_name(name, digest, chosen),
         options=chosen,
         running=running,
+        kind="model" if pinned else "",
     )
 
 
@@ -76,9 +79,11 @@ class World:
         }
 
     def take(self, step: Step) -> None:
-        if isinstance(step, Pull):
+        if isinstance(step, Resolve):
             self.pins[step.generation, step.module] = step.image
-            self.images.add(_digest(step.image))
+        elif isinstance(step, Pull):
+            assert step.digest == _digest(step.image), "pulled something else than was pinned"
+            self.images.add(step.digest)
         elif isinstance(step, Load):
             assert step.digest in self.images, "loaded an image that is not there"
             self.instances[step.instance] = "loaded"
@@ -149,12 +154,9 @@ def converge(
     crash: bool,
 ) -> None:
     """Take steps in any order until nothing is left; the endpoints that serve must go on."""
-    keep: frozenset[str] = frozenset()
-    if fallback is not None:
-        keep = frozenset(m.digest for m in fallback.modules if m.digest is not None)
     for _ in range(60):
         seen = None if fallback is None else pinned(fallback, world)
-        current = plan(pinned(wanted, world), seen, world.observed(), {}, keep, 0.0)
+        current = plan(pinned(wanted, world), seen, world.observed(), {}, 0.0)
         if not current.steps:
             assert current.settled
             return
@@ -196,9 +198,7 @@ def test_rolling_back_in_the_middle_of_an_update_never_stops_what_serves(
     second = data.draw(wanteds(2))
     converge(first, None, world, data, crash=False)
     for _ in range(data.draw(st.integers(0, 8))):
-        current = plan(
-            pinned(second, world), pinned(first, world), world.observed(), {}, frozenset(), 0.0
-        )
+        current = plan(pinned(second, world), pinned(first, world), world.observed(), {}, 0.0)
         if not current.steps or any(isinstance(step, Collect) for step in current.steps):
             break
         world.take(data.draw(st.sampled_from(current.steps)))
@@ -207,7 +207,7 @@ def test_rolling_back_in_the_middle_of_an_update_never_stops_what_serves(
 
 
 def look(wanted: Wanted, world: World, fallback: Wanted | None = None) -> Plan:
-    return plan(wanted, fallback, world.observed(), {}, frozenset(), 0.0)
+    return plan(wanted, fallback, world.observed(), {}, 0.0)
 
 
 def test_a_restarted_scoring_process_gets_the_old_version_while_the_new_one_cannot_load() -> None:
@@ -215,7 +215,7 @@ def test_a_restarted_scoring_process_gets_the_old_version_while_the_new_one_cann
     bad = Wanted(2, (module("digits", "2", pinned=False),))
     world = World(images={good.modules[0].digest or ""}, pins={(1, "digits"): "x:1"})
     kinds = [type(step) for step in look(bad, world, good).steps]
-    assert kinds == [Pull, Load]
+    assert kinds == [Resolve, Load]
     instance = good.modules[0].instance or ""
     world.instances[instance] = "ready"
     steps = look(bad, world, good).steps
@@ -226,36 +226,36 @@ def test_nothing_is_loaded_or_unloaded_while_the_scoring_process_is_away() -> No
     wanted = Wanted(1, (module("digits", "1"),))
     digest = wanted.modules[0].digest or ""
     away = Observed(frozenset({digest}), False, {}, ())
-    current = plan(wanted, None, away, {}, frozenset(), 0.0)
+    current = plan(wanted, None, away, {}, 0.0)
     assert current == Plan((), (), False)
 
 
 def test_a_failed_step_waits_for_its_time_and_is_then_planned_again() -> None:
     wanted = Wanted(1, (module("digits", "1", pinned=False),))
-    step = Pull(1, "digits", "registry/digits:1")
+    step = Resolve(1, "digits", "registry/digits:1")
     failure = Failure(step, 1, 10.0, "registry is down", retryable=True)
     world = World()
     for now, steps, blocked in ((9.9, (), (failure,)), (10.0, (step,), ())):
-        current = plan(wanted, None, world.observed(), {step: failure}, frozenset(), now)
+        current = plan(wanted, None, world.observed(), {step: failure}, now)
         assert (current.steps, current.blocked) == (steps, blocked)
         assert not current.settled
 
 
 def test_a_fatal_failure_is_never_planned_again() -> None:
     wanted = Wanted(1, (module("digits", "1", pinned=False),))
-    step = Pull(1, "digits", "registry/digits:1")
+    step = Resolve(1, "digits", "registry/digits:1")
     failure = Failure(step, 1, 0.0, "not a model image", retryable=False)
-    current = plan(wanted, None, World().observed(), {step: failure}, frozenset(), 1e9)
+    current = plan(wanted, None, World().observed(), {step: failure}, 1e9)
     assert current.blocked == (failure,)
     assert current.steps == ()
 
 
 def test_one_bad_module_does_not_hold_the_others_back() -> None:
     wanted = Wanted(1, (module("a", "1", pinned=False), module("b", "2")))
-    step = Pull(1, "a", "registry/a:1")
+    step = Resolve(1, "a", "registry/a:1")
     failure = Failure(step, 1, 0.0, "no such image", retryable=False)
     world = World(images={wanted.modules[1].digest or ""})
-    current = plan(wanted, None, world.observed(), {step: failure}, frozenset(), 0.0)
+    current = plan(wanted, None, world.observed(), {step: failure}, 0.0)
     assert [type(step) for step in current.steps] == [Load]
 
 
@@ -271,13 +271,14 @@ def test_traffic_shares_and_the_default() -> None:
     ]
 
 
-def test_images_of_kept_deployments_are_not_collected() -> None:
+def test_images_are_discarded_on_request_but_never_those_of_a_wanted_module() -> None:
     wanted = Wanted(2, (module("a", "2"),))
-    old, stray = f"sha256:{'1' * 64}", f"sha256:{'9' * 64}"
+    stray = f"sha256:{'9' * 64}"
     new = wanted.modules[0]
-    world = World(images={new.digest or "", old, stray}, instances={new.instance or "": "ready"})
+    world = World(images={new.digest or "", stray}, instances={new.instance or "": "ready"})
     world.routes = tuple(routes_of(wanted.modules).values())
-    current = plan(wanted, None, world.observed(), {}, frozenset({old}), 0.0)
+    discard = (Collect(stray), Collect(new.digest or ""))
+    current = plan(wanted, None, world.observed(), {}, 0.0, History(discard=discard))
     assert current.steps == (Collect(stray),)
     assert current.settled
 

@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 from gatelet.agent.clock import SystemClock
+from gatelet.agent.image_housekeeping import DiskUsage, ImageHousekeeping
+from gatelet.agent.image_retention import Disk, RetentionRules
 from gatelet.agent.plan import InstanceView, Route
 from gatelet.agent.reconcile import Reconciler, ReconcileSettings, Snapshot
 from gatelet.agent.scoring_env import ScoringOptions
 from gatelet.agent.status import desired_status
-from gatelet.agent.steps import Executor, LoadedModel, Progress, ScoringView, StepFailed
+from gatelet.agent.steps import (
+    Executor,
+    LoadedModel,
+    Progress,
+    Resolved,
+    ScoringView,
+    StepFailed,
+    StoredView,
+)
 from gatelet.agent.store import StateStore
 
 SETTINGS = ReconcileSettings(probation_seconds=0.1, retry_base_seconds=0.01, retry_cap_seconds=0.02)
@@ -33,19 +43,25 @@ class ImagesDouble:
     held: dict[str, asyncio.Event] = field(default_factory=dict)
     pulls: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
+    unreachable: bool = False
 
     async def stored(self) -> frozenset[str]:
         return frozenset(self.images)
 
+    async def resolve(self, image: str, credentials: tuple[tuple[str, str, str], ...]) -> Resolved:
+        if self.unreachable:
+            raise StepFailed("registry is down", retryable=True, unreachable=True)
+        return Resolved(digest(image), self.kinds.get(image, "model"))
+
     async def pull(
         self,
         image: str,
+        pinned: str,
         credentials: tuple[tuple[str, str, str], ...],
-        on_resolved: Callable[[str], None],
         on_progress: Callable[[Progress], None],
-    ) -> str:
+    ) -> None:
         self.pulls.append(image)
-        on_resolved(digest(image))
         if image in self.held:
             on_progress(Progress("layers", 1, 4, 0, 1))
             try:
@@ -55,8 +71,10 @@ class ImagesDouble:
                 raise
         if self.errors.get(image):
             raise self.errors[image].pop(0)
-        self.images.add(digest(image))
-        return digest(image)
+        self.images.add(pinned)
+
+    def views(self) -> tuple[StoredView, ...]:
+        return tuple(StoredView(digest, "", 1) for digest in sorted(self.images))
 
     async def find(self, image: str) -> str | None:
         return digest(image) if digest(image) in self.images else None
@@ -103,6 +121,9 @@ class ScoringDouble:
             raise StepFailed("the scoring process does not answer", retryable=True)
         self.states[instance] = "loaded"
 
+    async def attach(self, instance: str, socket: str, options: ScoringOptions) -> None:
+        self.states[instance] = "loaded"
+
     async def probe(self, instance: str) -> None:
         self.probes += 1
         if not self.forgetful:
@@ -142,6 +163,11 @@ def manifest(**images: str) -> bytes:
     ).encode()
 
 
+class FreeDisk:
+    def usage(self, path: Path) -> Disk:
+        return Disk(1000, 1000)
+
+
 class Device:
     """A reconciler with its store and doubles, and a way to wait for what it publishes."""
 
@@ -151,18 +177,23 @@ class Device:
         images: ImagesDouble,
         scoring: ScoringDouble,
         settings: ReconcileSettings = SETTINGS,
+        disk: DiskUsage | None = None,
     ) -> None:
         self.images = images
         self.scoring = scoring
         self.store = StateStore(path / "state.db", SystemClock())
+        housekeeping = ImageHousekeeping(
+            self.store, SystemClock(), RetentionRules(min_free_bytes=100), disk or FreeDisk(), path
+        )
         self.snapshot = Snapshot()
         self._published = asyncio.Event()
         self.reconciler = Reconciler(
             self.store,
-            Executor(images, scoring, self.store.pin),
+            Executor(images, scoring, self.store.pin, bringing=housekeeping.bringing),
             SystemClock(),
             settings,
             self._publish,
+            housekeeping=housekeeping,
         )
         self._task = asyncio.ensure_future(self.reconciler.run())
 
@@ -346,13 +377,31 @@ async def test_a_refused_manifest_leaves_the_running_one_alone(device: Device) -
     assert device.phase() == "good"
 
 
-async def test_images_that_no_deployment_names_are_removed_once_the_new_one_is_settled(
-    device: Device,
+class FullDisk:
+    def usage(self, path: Path) -> Disk:
+        return Disk(1000, 0)
+
+
+async def test_on_a_full_disk_only_the_images_of_deployments_worth_keeping_stay(
+    tmp_path: Path,
 ) -> None:
+    device = Device(tmp_path, ImagesDouble(), ScoringDouble(), disk=FullDisk())
+    try:
+        await deploy_good(device, digits="r/digits:v1")
+        await deploy_good(device, digits="r/digits:v2")
+        await device.until(lambda: device.images.images == {digest("r/digits:v2")})
+        device.scoring.broken.add(digest("r/digits:v3"))
+        device.reconciler.submit("local", 0, manifest(digits="r/digits:v3"), always=True)
+        await device.until(lambda: device.phase() == "failed")
+        assert digest("r/digits:v2") in device.images.images
+    finally:
+        await device.stop()
+
+
+async def test_an_image_that_is_not_needed_stays_for_a_while(device: Device) -> None:
     await deploy_good(device, digits="r/digits:v1")
     await deploy_good(device, digits="r/digits:v2")
-    await deploy_good(device, digits="r/digits:v3")
-    await device.until(lambda: device.images.images == {digest("r/digits:v3")})
+    assert device.images.images == {digest("r/digits:v1"), digest("r/digits:v2")}
 
 
 async def test_a_scoring_process_that_is_away_delays_but_does_not_fail(device: Device) -> None:

@@ -1,0 +1,129 @@
+"""Where the device's configuration and its container engine meet the rest of the agent."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from .clock import Clock
+from .config import AgentConfig, ConfigError, read_secret
+from .deployments import ContainerRefused
+from .engine import Engine
+from .manifest import ManifestError
+from .module_spec import ModuleSpec
+from .runtime.container import SCORING_LABEL, ContainerRuntime, ContainerSpec
+from .runtime.create_body import CreateFacts, create_body
+from .runtime.policy import protected_paths
+from .runtime.scoring_module import scoring_socket
+from .steps import NoEngine
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class DeviceContainers:
+    """`ContainerMaker` under this device's policy."""
+
+    def __init__(self, config: AgentConfig, hub_host: str = "", gateway_host: str = "") -> None:
+        self._config = config
+        self._run_dir = PurePosixPath(config.device.run_dir.absolute())
+        self._protected = _protected(config)
+        self._hub_host = hub_host
+        self._gateway_host = gateway_host
+
+    def container(
+        self, spec: ModuleSpec, digest: str, *, scoring: bool, logging_options: str
+    ) -> ContainerSpec:
+        docker = self._config.docker
+        facts = CreateFacts(
+            digest=digest,
+            run_dir=self._run_dir,
+            image_labels={SCORING_LABEL: "true"} if scoring else {},
+            protected=self._protected,
+            logging_options=logging_options,
+            network=docker.network,
+            hub_host=self._hub_host,
+            gateway_host=self._gateway_host,
+        )
+        try:
+            return create_body(spec, self._config.device_id, docker.policy, facts)
+        except ManifestError as error:
+            raise ContainerRefused(str(error)) from error
+
+    def socket(self, module: str) -> str:
+        return str(scoring_socket(self._run_dir, module))
+
+
+def open_engine(
+    config: AgentConfig,
+    clock: Clock,
+    on_change: Callable[[], None],
+    *,
+    runtime: ContainerRuntime | None = None,
+    seen_before: bool = False,
+    jitter: random.Random | None = None,
+) -> Engine | NoEngine:
+    """The engine that the configuration asks for; `runtime` in place of Docker for simulations.
+
+    With "auto", a socket that is missing means that there is no engine, unless one was
+    `seen_before`. Raises ConfigError.
+    """
+    if runtime is not None:
+        return Engine(runtime, clock, on_change, jitter=jitter)
+    docker = config.docker
+    if docker.enabled is False:
+        return NoEngine("docker.enabled is false in its configuration")
+    if importlib.util.find_spec("docker") is None:
+        if docker.enabled is True:
+            raise ConfigError(
+                "docker.enabled is true, but the Python package docker is missing: install "
+                "gatelet[docker]"
+            )
+        return NoEngine("the Python package docker is missing; install gatelet[docker]")
+    return Engine(
+        _docker(config),
+        clock,
+        on_change,
+        socket=docker.socket,
+        expected=docker.enabled is True or seen_before,
+        jitter=jitter,
+    )
+
+
+def boot_id() -> str:
+    """Differs after each start of this host; empty where the host does not say."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _docker(config: AgentConfig) -> ContainerRuntime:
+    from .runtime.docker import DockerRuntime
+
+    docker = config.docker
+    logins = tuple(
+        (
+            registry.address,
+            registry.username,
+            read_secret(registry.password, registry.password_file, "registry.password-file"),
+        )
+        for registry in config.registry
+        if registry.username
+    )
+    return DockerRuntime(
+        docker.socket,
+        config.device_id,
+        logins=logins,
+        network=docker.network,
+        policy=docker.policy,
+        protected=_protected(config),
+    )
+
+
+def _protected(config: AgentConfig) -> tuple[str, ...]:
+    device = config.device
+    return protected_paths(
+        str(device.state_dir.absolute()), str(device.run_dir.absolute()), str(config.docker.socket)
+    )

@@ -1,0 +1,314 @@
+"""What the planner reads and what it says: modules wanted, the device as seen, steps, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .module_spec import MAX_STARTUP_ORDER, RestartPolicy
+from .restarts import RestartRules, RestartState
+from .runtime.container import ContainerSpec, ContainerView
+from .scoring_env import ScoringOptions
+
+Kind = Literal["", "model", "container", "scoring"]
+"""What an image is: a model for the scoring process, any other image, one that serves the Open
+Inference Protocol on a socket; "" while its name was not resolved yet."""
+
+UpdateMode = Literal["NonBlocking", "WaitForAllPulls"]
+"""edgeAgent's ModuleUpdateMode: change each module when its image is there, or all when all are."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedModule:
+    """A module of a deployment. `digest` is None and `kind` "" until its image name was resolved.
+
+    `instance` is the name under which the scoring process knows this module with this image and
+    these load options; None until `digest` is known, and for plain containers. `container` is what
+    a container module runs as, None where `refused` says why it may not.
+    """
+
+    name: str
+    image: str
+    digest: str | None
+    instance: str | None
+    options: ScoringOptions
+    running: bool = True
+    may_pull: bool = True
+    kind: Kind = "model"
+    container: ContainerSpec | None = None
+    refused: str = ""
+    socket: str = ""
+    policy: RestartPolicy = "on-unhealthy"
+    order: int = MAX_STARTUP_ORDER
+    probation_seconds: float | None = None
+
+    @property
+    def contained(self) -> bool:
+        """Whether it runs as a container."""
+        return self.kind in ("container", "scoring")
+
+    @property
+    def scores(self) -> bool:
+        """Whether requests may be routed to it; unknown, so possible, before it was resolved."""
+        return self.kind != "container"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The modules of one deployment."""
+
+    generation: int
+    modules: tuple[WantedModule, ...]
+    update_mode: UpdateMode = "NonBlocking"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A share of an endpoint's requests. `percent` of the default target is the remainder.
+
+    `mirror`: percent of them that it gets a copy of; its answers may differ by `tolerance`.
+    """
+
+    instance: str
+    percent: int
+    default: bool
+    mirror: int = 0
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`sticky`: the header whose equal values go to one target; "" for the usual one."""
+
+    endpoint: str
+    targets: tuple[Target, ...]
+    sticky: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """A model inside the scoring process: `state` is "loaded", "ready" or "failed".
+
+    `healthy` is False when none of its backends answers now.
+    """
+
+    name: str
+    state: str
+    error: str = ""
+    healthy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The device as seen. `scoring_up` False and `engine` "down" mean that instances, routes and
+    containers are unknown, not that there are none; `engine` "none": there is nothing to ask.
+
+    `images` are digests in the model store, `engine_images` those in the engine; `containers` go
+    by container name.
+    """
+
+    images: frozenset[str]
+    scoring_up: bool
+    instances: Mapping[str, InstanceView]
+    routes: tuple[Route, ...]
+    engine: Literal["none", "down", "up"] = "none"
+    engine_error: str = ""
+    containers: Mapping[str, ContainerView] = field(default_factory=dict)
+    engine_images: frozenset[str] = frozenset()
+
+
+# -- steps -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Find out the digest and the kind of a module's image, and pin both.
+
+    With `only_local` (imagePullPolicy never) an image that is not on the device is an error.
+    """
+
+    generation: int
+    module: str
+    image: str
+    only_local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Bring the image, verified, into the model store or into the engine."""
+
+    module: str
+    image: str
+    digest: str
+    kind: Kind = "model"
+    only_local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`socket` in place of an image in the model store: where a container serves the model."""
+
+    module: str
+    instance: str
+    digest: str
+    options: ScoringOptions
+    socket: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    module: str
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    routes: tuple[Route, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    module: str
+    container: ContainerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`automatic`: the restart policy asks for it, so it counts as a restart."""
+
+    module: str
+    name: str
+    automatic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    module: str
+    name: str
+    reason: str
+    automatic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Remove a container that does not run."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Remove a model image that nothing needs."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveImage:
+    """Remove an image from the engine that nothing needs and that gatelet brought there."""
+
+    digest: str
+
+
+Step = (
+    Resolve
+    | Pull
+    | Load
+    | Probe
+    | Switch
+    | Unload
+    | Create
+    | Start
+    | Stop
+    | Remove
+    | Collect
+    | RemoveImage
+)
+
+MODULE_STEPS = (Resolve, Pull, Load, Probe, Create, Start, Stop, Remove)
+
+
+def subject(step: Step) -> str:
+    """What a step works on; at most one step per subject runs at a time.
+
+    Bringing an image is a subject of its own: the old version of a module is looked after while
+    the new one arrives.
+    """
+    if isinstance(step, (Resolve, Pull)):
+        return f"pull:{step.module}"
+    if isinstance(step, (Load, Probe, Create, Start, Stop, Remove)):
+        return f"module:{step.module}"
+    if isinstance(step, Switch):
+        return "routes"
+    if isinstance(step, Unload):
+        return f"instance:{step.instance}"
+    return f"image:{step.digest}"
+
+
+def module_of(step: Step) -> str | None:
+    """The module that a step is for, None for those of the whole device."""
+    return step.module if isinstance(step, MODULE_STEPS) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last failures of one step. `retry_at` is on the monotonic clock, in seconds.
+
+    `code` is for machines: "DISK_FULL", "NO_ENGINE", "ENGINE_DOWN", "REFUSED" or empty.
+    """
+
+    step: Step
+    count: int
+    retry_at: float
+    message: str
+    retryable: bool
+    code: str = ""
+
+
+# -- what the plan also depends on -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Numbers of the planner, in seconds. `startup_wait` 0: start groups do not wait."""
+
+    startup_wait: float = 60.0
+    restarts: RestartRules = field(default_factory=RestartRules)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What happened before and cannot be seen on the device.
+
+    `restarts` by module; `unready` says since when (monotonic) a module holds later start groups
+    back; `discard` are the images to remove.
+    """
+
+    restarts: Mapping[str, RestartState] = field(default_factory=dict)
+    unready: Mapping[str, float] = field(default_factory=dict)
+    discard: tuple[Collect | RemoveImage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`steps` may start now; `blocked` are failures that hold a step back, with their reasons.
+
+    `settled`: every wanted module is at its goal and routed, and nothing else runs or serves.
+    `at_goal` names the wanted modules that are as they shall be: running and healthy, ended as
+    they may, or stopped. `waits` says of modules that could go on why they do not. `wake_at` is
+    when time alone changes the plan (monotonic), None if it does not.
+    """
+
+    steps: tuple[Step, ...]
+    blocked: tuple[Failure, ...]
+    settled: bool
+    at_goal: frozenset[str] = frozenset()
+    waits: tuple[tuple[str, str], ...] = ()
+    wake_at: float | None = None
