@@ -8,7 +8,6 @@ its web page.
 from __future__ import annotations
 
 import base64
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from aiohttp import web
 from .iothub import rest_page
 from .iothub.errors import HubError, invalid
 from .iothub.rest import make_application
-from .iothub.rest_requests import end_connections, object_body
+from .iothub.rest_requests import end_connections, object_body, same_text
 from .site_config import BROKER, HUB, REGISTRY
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class ControlServer:
             # The hub's application looks for itself: its page is for everybody.
             if not request.path.startswith("/hub/"):
                 kind, _, token = request.headers.get("Authorization", "").partition(" ")
-                if kind != "Bearer" or not hmac.compare_digest(token.encode(), self.token.encode()):
+                if kind != "Bearer" or not same_text(token, self.token):
                     raise HubError(401, "Unauthorized", "send Authorization: Bearer TOKEN")
             return await handler(request)
         except HubError as error:
@@ -137,14 +136,17 @@ class ControlServer:
         topic, qos = body.get("topic"), body.get("qos", 0)
         if not isinstance(topic, str) or not topic or qos not in (0, 1, 2):
             raise invalid("topic is a text and qos is 0, 1 or 2")
+        text, encoded = body.get("payload", ""), body.get("payloadBase64")
+        if not isinstance(text, str):
+            raise invalid("payload is a text; other bytes go into payloadBase64")
         try:
-            encoded = body.get("payloadBase64")
-            payload = (
-                base64.b64decode(encoded) if encoded else str(body.get("payload", "")).encode()
-            )
+            payload = base64.b64decode(encoded, validate=True) if encoded else text.encode()
         except (ValueError, TypeError) as error:
             raise invalid(f"payloadBase64: {error}") from error
-        self._site.broker.publish(topic, payload, qos, bool(body.get("retain")))
+        try:
+            self._site.broker.publish(topic, payload, qos, bool(body.get("retain")))
+        except ValueError as error:
+            raise invalid(str(error)) from error
         return web.Response(status=204)
 
     # The registry.

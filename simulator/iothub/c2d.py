@@ -7,6 +7,7 @@ connection that ends puts what it has not acknowledged back.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from .state import HubState
 MESSAGE_LIMIT = 64 * 1024
 QUEUE_LIMIT = 50
 MAX_DELIVERIES = 10
+RECORDS = 10_000
 DEFAULT_SECONDS = 3600.0
 LONGEST_SECONDS = 2 * 86_400.0
 _ACKS = ("none", "positive", "negative", "full")
@@ -44,12 +46,16 @@ class Owner(Protocol):
 class CloudQueues:
     """The queues of one hub's clients; `hub.state.messages` holds them."""
 
-    def __init__(self, hub: Owner, max_deliveries: int = MAX_DELIVERIES) -> None:
+    def __init__(
+        self, hub: Owner, max_deliveries: int = MAX_DELIVERIES, records: int = RECORDS
+    ) -> None:
+        """`records`: how many outcomes, and dead letters, are kept for those who ask."""
         self._hub = hub
         self.max_deliveries = max_deliveries
         self._in_flight: set[str] = set()
-        self._feedback: list[dict[str, Any]] = []
-        self.dead_letters: list[CloudMessage] = []
+        self._outcomes = 0
+        self._feedback: deque[dict[str, Any]] = deque(maxlen=records)
+        self.dead_letters: deque[CloudMessage] = deque(maxlen=records)
 
     def send(
         self,
@@ -117,6 +123,8 @@ class CloudQueues:
         for message in self.queued(target):
             if message.id in self._in_flight or not link.subscribed(message.topic):
                 continue
+            if message not in self._hub.state.messages.get(target, ()):
+                continue  # settled, or sent again, by one of those before it
             if message.deliveries >= self.max_deliveries:
                 self._end(message, "DeliveryCountExceeded")
                 continue
@@ -168,9 +176,10 @@ class CloudQueues:
         if outcome != "Success":
             self.dead_letters.append(message)
         if message.ack in wanted:
+            self._outcomes += 1
             self._feedback.append(
                 {
-                    "sequenceNumber": len(self._feedback) + 1,
+                    "sequenceNumber": self._outcomes,
                     "originalMessageId": message.system.get("messageId", message.id),
                     "deviceId": message.target.device,
                     "moduleId": message.target.module or None,

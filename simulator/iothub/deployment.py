@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import invalid
+from .twins import DEPTH_LIMIT
 
 EDGE_AGENT = "$edgeAgent"
 _DESIRED = "properties.desired"
@@ -67,7 +68,10 @@ def _laid_over(section: dict[str, Any], parts: Mapping[str, Any], where: str) ->
         section = dict(_object(parts[_DESIRED], f"{where}.{_DESIRED}"))
     for name, value in parts.items():
         if name.startswith(_DESIRED + "."):
-            section = _with_path(section, name[len(_DESIRED) + 1 :].split("."), value)
+            path = name[len(_DESIRED) + 1 :].split(".")
+            if len(path) > DEPTH_LIMIT:
+                raise invalid(f"{where}: a path has up to {DEPTH_LIMIT} names")
+            section = _with_path(section, path, value)
         elif name != _DESIRED:
             raise invalid(f"{where}: {name!r} is neither {_DESIRED} nor {_DESIRED}.<path>")
     return section

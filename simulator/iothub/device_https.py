@@ -150,7 +150,7 @@ class _Routes:
         blob = request.match_info["blob"]
         self._hub.uploads.check(blob, request.query)
         stored = self._hub.uploads.get(blob)
-        return web.Response(body=stored.body, content_type=stored.content_type)
+        return web.Response(body=stored.body, headers={"Content-Type": stored.content_type})
 
     def _own_module(self, request: web.Request) -> ClientId:
         """Raises HubError 401."""

@@ -127,7 +127,8 @@ class Registry:
     def modules(self, device: str) -> list[Identity]:
         """Raises HubError 404 for an unknown device."""
         self.get(ClientId(device))
-        return [i for i in self if i.client.device == device and i.client.module]
+        found = (i for i in self._identities.values() if i.client.device == device)
+        return sorted((i for i in found if i.client.module), key=lambda one: one.client)
 
     def put(
         self, client: ClientId, description: Mapping[str, Any], if_match: str | None = None

@@ -48,6 +48,10 @@ class DpsDeviceServer:
         """Of the TLS context in front of this server."""
         self._open: set[Connection] = set()
 
+    def connection(self) -> Connection:
+        """The server's end of a new connection."""
+        return Connection(self, LIMITS, self._open)
+
     def drop_connections(self) -> None:
         for connection in list(self._open):
             connection.abort("connections are dropped on request")
@@ -68,7 +72,6 @@ class DpsDeviceServer:
         if service.faults.take("refuse_connects"):
             return Refused(ReasonCode.NOT_AUTHORIZED, "refused on request")
         connection.tag = applicant
-        self._open.add(connection)
         return Accepted(Session(connect.client_id))
 
     async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
@@ -111,7 +114,7 @@ class DpsDeviceServer:
     async def on_disconnect(
         self, connection: Connection, disconnect: Disconnect | None, reason: str
     ) -> None:
-        self._open.discard(connection)
+        """Nothing outlives a connection."""
 
     def _answer(self, applicant: Applicant, topic: str, payload: bytes) -> tuple[str, Any]:
         """Topic and body. Raises HubError 400 for what has no place for an answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
+import logging
 import secrets
 import ssl
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,19 @@ from typing import Any
 from aiohttp import web
 
 from ...agent.clock import Clock, SystemClock
-from ..mqtt.connection import Connection
 from ..mqtt.websocket import serve_websocket
 from ..pki import Pki
 from .client_certificates import ask_for_certificate
 from .dps import DpsFaults, ProvisioningService, Registration
 from .dps_enrollments import Enrollment, parse_enrollment
-from .dps_mqtt import LIMITS, DpsDeviceServer
+from .dps_mqtt import DpsDeviceServer
 from .dps_rest import OPEN, make_application
+from .errors import HubError
 from .rest_requests import end_connections
 from .server import IotHub
-from .state import StateUnreadable
+from .state import StateUnreadable, write_json
 
+_log = logging.getLogger(__name__)
 _LOOPBACK = "127.0.0.1"
 _CLOSE_SECONDS = 2.0
 _WEBSOCKET = "/$iothub/websocket"
@@ -130,7 +131,7 @@ class Provisioning:
         try:
             context = self._tls()
             self._mqtt = await asyncio.get_running_loop().create_server(
-                lambda: Connection(self._devices, LIMITS), _LOOPBACK, 0, ssl=context
+                self._devices.connection, _LOOPBACK, 0, ssl=context
             )
             application = make_application(self.core, self._policies, self._changed)
             application[OPEN] = frozenset({_WEBSOCKET})
@@ -158,7 +159,7 @@ class Provisioning:
             )
 
     async def _websocket(self, request: web.Request) -> web.StreamResponse:
-        return await serve_websocket(request, Connection(self._devices, LIMITS))
+        return await serve_websocket(request, self._devices.connection())
 
     def _tls(self) -> ssl.SSLContext:
         context = self._pki.server_context([self.host_name, "localhost", _LOOPBACK])
@@ -184,12 +185,10 @@ class Provisioning:
             "groups": [one.document for one in core.groups.values()],
             "registrations": [asdict(one) for one in core.registrations.values()],
         }
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(self._file.name + ".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(state, stream, separators=(",", ":"))
-        temporary.replace(self._file)
+        try:
+            write_json(self._file, state)
+        except OSError as error:
+            _log.error("the state of the provisioning service is not saved: %s", error)
 
     def _load(self) -> None:
         if self._file is None or not self._file.exists():
@@ -207,7 +206,7 @@ class Provisioning:
             for item in state["registrations"]:
                 item["error"] = tuple(item["error"])
                 self.core.registrations[item["id"]] = Registration(**item)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (HubError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateUnreadable(
                 f"{self._file} is not the state of a simulated provisioning service ({error}): "
                 "move it away to start anew"

@@ -10,11 +10,14 @@ and `clock_skew_seconds` hold until changed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
 from ...agent.clock import Clock
+
+_LARGEST_SKEW = 10 * 366 * 86_400.0
 
 
 @dataclass(slots=True)
@@ -83,10 +86,14 @@ class Faults:
             raise ValueError(f"there is no fault {name!r}; there are {', '.join(sorted(kinds))}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name} is a number, not {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is a number, not {value}")
         if isinstance(kinds[name], int) and (value != int(value) or value < 0):
             raise ValueError(f"{name} counts events: a whole number from 0, not {value}")
         if name == "delay_seconds" and not 0 <= value <= 3600:
             raise ValueError(f"delay_seconds is from 0 to 3600, not {value}")
+        if name == "clock_skew_seconds" and abs(value) > _LARGEST_SKEW:
+            raise ValueError(f"clock_skew_seconds is up to ten years, not {value:g}")
         setattr(self, name, type(kinds[name])(value))
 
     def clear(self) -> None:

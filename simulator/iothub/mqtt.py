@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..mqtt.connection import Accepted, Connection, Limits, Refused
 from ..mqtt.packets import (
@@ -156,10 +156,25 @@ class DeviceServer:
         self._hub = hub
         self.certificates: PresentedCertificates | None = None
         """Of the TLS context in front of this server."""
+        self.admits: Callable[[], bool] = lambda: True
+        """False while the hub is away: who is just connecting is cut off like everybody."""
         self._sessions: dict[ClientId, Session] = {}
+        self._open: set[Connection] = set()
+
+    def connection(self) -> Connection:
+        """The server's end of a new connection."""
+        return Connection(self, LIMITS, self._open)
+
+    def drop_connections(self, reason: str) -> None:
+        """Also those that have not logged in yet."""
+        for connection in list(self._open):
+            connection.abort(reason)
 
     async def on_connect(self, connection: Connection, connect: Connect) -> Accepted | Refused:
         hub = self._hub
+        if not self.admits():
+            connection.abort("the hub is paused")
+            return Refused(ReasonCode.NOT_AUTHORIZED, "the hub is paused")
         try:
             password = (connect.password or b"").decode("utf-8", "replace")
             certificate = self.certificates and self.certificates.of(
@@ -186,6 +201,8 @@ class DeviceServer:
             old.drop("another connection took this client id")
             await old.wait_closed()
         forget = hub.faults.take("forget_sessions") or connect.clean_start
+        if client not in hub.state.registry:
+            return Refused(ReasonCode.NOT_AUTHORIZED, "the identity was deleted meanwhile")
         session, present = self._session(client, forget=forget)
         session.expiry_interval = 0 if connect.clean_start else NEVER
         connection.tag = link = DeviceLink(login, connection, session, hub)
@@ -261,6 +278,11 @@ class DeviceServer:
         """The client's session and whether it existed."""
         stored = self._hub.state.subscriptions.get(client)
         session = self._sessions.get(client)
+        generation = self._hub.state.registry.get(client).generation
+        if session is not None and session.owner != generation:
+            # Another device of that name had it.
+            session.end()
+            session = None
         if forget:
             if session is not None:
                 session.end()
@@ -269,6 +291,7 @@ class DeviceServer:
         present = session is not None or stored is not None
         if session is None:
             session = Session(str(client))
+            session.owner = generation
             session.subscriptions = {f: Subscription(f, qos) for f, qos in (stored or {}).items()}
             self._sessions[client] = session
         return session, present

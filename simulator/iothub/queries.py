@@ -35,6 +35,7 @@ FUNCTIONS = {
 }
 LENGTH_LIMIT = 8 * 1024
 DEPTH_LIMIT = 64
+_LONGEST_NUMBER = 300
 _KEYWORDS = frozenset(
     word
     for line in (
@@ -288,6 +289,8 @@ class _Parser:
         token = self._peek()
         if token.kind == "number":
             self._next += 1
+            if len(token.text) > _LONGEST_NUMBER:
+                raise self._error(token.at, "this number is too long")
             number = float(token.text)
             return Literal(int(token.text) if re.fullmatch(r"-?\d+", token.text) else number)
         if token.kind == "text":
@@ -382,7 +385,7 @@ class _Parser:
 
     def _whole_number(self) -> int:
         token = self._take()
-        if not token.text.isdigit():
+        if not (token.text.isascii() and token.text.isdigit()) or len(token.text) > _LONGEST_NUMBER:
             raise self._error(token.at, "TOP takes a whole number")
         return int(token.text)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from .devices import ClientId
 from .errors import HubError, invalid
 from .hub import Hub
 from .rest_page import PageAccess
-from .rest_requests import client_of, object_body, seconds_of
+from .rest_requests import client_of, number_of, object_body, same_text, seconds_of
 
 _BODY_LIMIT = 1024 * 1024
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -109,13 +108,9 @@ class _Routes:
     async def query_telemetry(self, request: web.Request) -> web.Response:
         """Our own call: `?device=&module=&after=<sequenceNumber>&limit=`, oldest first."""
         query = request.query
-        try:
-            after, limit = int(query.get("after", 0)), int(query.get("limit", 1000))
-        except ValueError as error:
-            raise invalid("after and limit are numbers") from error
-        found = self._hub.telemetry.query(
-            query.get("device"), query.get("module"), after, max(limit, 0)
-        )
+        after = number_of(query.get("after", "0"), "after")
+        limit = number_of(query.get("limit", "1000"), "limit")
+        found = self._hub.telemetry.query(query.get("device"), query.get("module"), after, limit)
         return web.json_response([message.as_json() for message in found])
 
 
@@ -143,4 +138,4 @@ def _of_the_page(request: web.Request, authorization: str, page: PageAccess) -> 
     if resource is not None and resource.canonical.removeprefix(page.prefix) in rest_page.FILES:
         return request.method in ("GET", "HEAD")
     kind, _, token = authorization.partition(" ")
-    return kind == "Bearer" and hmac.compare_digest(token.encode(), page.token.encode())
+    return kind == "Bearer" and same_text(token, page.token)

@@ -13,6 +13,7 @@ from .errors import HubError, invalid
 from .hub import Hub
 from .queries import parse_condition, parse_query
 from .rest_requests import count_of, json_body, object_body
+from .twins import Twin
 
 _PAGE_LIMIT = 100
 _DEVICE_LIMIT = 1000
@@ -61,11 +62,10 @@ class _Fleet:
     async def test_queries(self, request: web.Request) -> web.Response:
         """Parses a target condition and metric queries, so that tools can check them first."""
         body = await object_body(request)
-        condition = body.get("targetCondition")
-        found = {
-            name: _problem(parse_query, text)
-            for name, text in (body.get("customMetricQueries") or {}).items()
-        }
+        condition, metrics = body.get("targetCondition"), body.get("customMetricQueries") or {}
+        if not isinstance(metrics, dict):
+            raise invalid("customMetricQueries is an object of texts")
+        found = {name: _problem(parse_query, text) for name, text in metrics.items()}
         return web.json_response(
             {
                 "targetConditionError": _problem(parse_condition, condition) if condition else None,
@@ -132,7 +132,9 @@ class _Fleet:
         client = ClientId.parse(f"{item['id']}/{module}" if module else item["id"])
         known = client in self._hub.state.registry
         mode = str(item.get("importMode") or "createOrUpdate").lower()
-        etag = item.get("eTag") or "*"
+        etag, twin_etag = item.get("eTag") or "*", item.get("twinETag")
+        if not isinstance(etag, str) or not isinstance(twin_etag, (str, type(None))):
+            raise invalid("eTag and twinETag are texts")
         twin = {
             **({"tags": item["tags"]} if item.get("tags") is not None else {}),
             **({"properties": item["properties"]} if item.get("properties") else {}),
@@ -140,9 +142,10 @@ class _Fleet:
         if mode in ("delete", "deleteifmatchetag"):
             self._hub.delete_identity(client, etag if mode != "delete" else None)
         elif mode in ("updatetwin", "updatetwinifmatchetag"):
-            match = item.get("twinETag") if mode != "updatetwin" else None
+            match = twin_etag if mode != "updatetwin" else None
             self._hub.update_twin(client, twin, if_match=match)
         elif mode in ("create", "createorupdate", "createorupdateifmatchetag") and not known:
+            Twin().updated(twin, "")  # all of it or nothing
             self._hub.put_identity(client, item)
             if twin:
                 self._hub.update_twin(client, twin)

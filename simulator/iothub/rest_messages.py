@@ -18,6 +18,7 @@ from .devices import ClientId
 from .errors import invalid
 from .hub import Hub
 from .json_text import parse_json
+from .rest_requests import number_of
 
 
 def add_routes(application: web.Application, hub: Hub) -> None:
@@ -81,8 +82,9 @@ class _Messages:
 
     async def uploads(self, request: web.Request) -> web.Response:
         """`?after=<sequenceNumber>`, oldest first."""
+        after = _after(request)
         found = self._hub.uploads.notifications
-        return web.json_response([n for n in found if n["sequenceNumber"] > _after(request)])
+        return web.json_response([n for n in found if n["sequenceNumber"] > after])
 
 
 def _client(request: web.Request) -> ClientId:
@@ -91,10 +93,7 @@ def _client(request: web.Request) -> ClientId:
 
 
 def _after(request: web.Request) -> int:
-    text = request.query.get("after", "0")
-    if not text.isdigit():
-        raise invalid(f"after is a sequence number, not {text!r}")
-    return int(text)
+    return number_of(request.query.get("after", "0"), "after")
 
 
 def _body(call: dict[str, Any]) -> bytes:

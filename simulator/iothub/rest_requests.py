@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from typing import Any
 
 from aiohttp import web
@@ -11,11 +12,18 @@ from .devices import ClientId
 from .errors import invalid
 from .json_text import parse_json
 
+_MOST_DIGITS = 18
+
 
 def client_of(request: web.Request) -> ClientId:
     """From `{device}` and `{module}` of the path. Raises HubError 400."""
     device, module = request.match_info["device"], request.match_info.get("module")
     return ClientId.parse(device if module is None else f"{device}/{module}")
+
+
+def same_text(shown: str, expected: str) -> bool:
+    """Compared in any case, so that time tells nothing; headers may hold any bytes."""
+    return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), expected.encode())
 
 
 async def json_body(request: web.Request) -> Any:
@@ -31,13 +39,21 @@ async def object_body(request: web.Request) -> dict[str, Any]:
     return body
 
 
+def number_of(text: str, name: str) -> int:
+    """A whole number from 0. Raises HubError 400."""
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > _MOST_DIGITS:
+        raise invalid(f"{name} is a whole number, not {text[:40]!r}")
+    return int(digits)
+
+
 def count_of(text: str | None, name: str, default: int, most: int) -> int:
     """A whole number from 1. Raises HubError 400."""
     if text is None or not text.strip():
         return default
-    if not text.strip().isdigit() or int(text) < 1:
+    if (count := number_of(text, name)) < 1:
         raise invalid(f"{name} is a whole number from 1, not {text!r}")
-    return min(int(text), most)
+    return min(count, most)
 
 
 def seconds_of(call: dict[str, Any], name: str, least: float, most: float, default: float) -> float:

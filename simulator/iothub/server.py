@@ -14,7 +14,6 @@ from pathlib import Path
 from aiohttp import web
 
 from ...agent.clock import Clock, SystemClock
-from ..mqtt.connection import Connection
 from ..pki import Pki
 from . import state as states
 from .client_certificates import ask_for_certificate
@@ -22,7 +21,7 @@ from .device_https import make_device_application
 from .devices import ClientId, Identity
 from .faults import Faults
 from .hub import Hub
-from .mqtt import LIMITS, DeviceServer
+from .mqtt import DeviceServer
 from .rest import make_application
 from .rest_page import PageAccess
 from .rest_requests import end_connections
@@ -62,6 +61,7 @@ class IotHub:
         # Devices with certificates of the site's own authority are welcome like those of any other.
         self.core.authorities["site"] = pki.ca_file.read_text()
         self._devices = DeviceServer(self.core)
+        self._devices.admits = lambda: not self.paused
         self._save_timer: asyncio.TimerHandle | None = None
         self._reserved: socket.socket | None = None
         self._mqtt: asyncio.Server | None = None
@@ -196,7 +196,7 @@ class IotHub:
     async def _start_https(self) -> None:
         application = make_device_application(
             self.core,
-            lambda: None if self.paused else Connection(self._devices, LIMITS),
+            lambda: None if self.paused else self._devices.connection(),
             lambda: self._devices.certificates,
         )
         self._https = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
@@ -235,7 +235,7 @@ class IotHub:
         if self._mqtt is not None:
             return
         self._mqtt = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self._devices, LIMITS),
+            self._devices.connection,
             _LOOPBACK,
             self.mqtt_port,
             ssl=self._device_tls(),
@@ -245,6 +245,7 @@ class IotHub:
     def drop_connections(self) -> None:
         """Cuts every device's connection; the hub goes on."""
         self.core.drop_connections()
+        self._devices.drop_connections("connections are dropped on request")
 
     def _device_tls(self) -> ssl.SSLContext:
         if self._device_context is None:

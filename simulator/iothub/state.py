@@ -14,6 +14,7 @@ from typing import Any
 from .cloud_messages import CloudMessage
 from .configurations import Configuration
 from .devices import ClientId, Identity, Registry
+from .errors import HubError
 from .twins import Twin
 
 _FORMAT = 1
@@ -83,19 +84,27 @@ def load(file: Path) -> HubState:
         return HubState()
     try:
         return HubState.from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (HubError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateUnreadable(
             f"{file} is not the state of a simulated IoT Hub ({error}): move it away to start anew"
         ) from error
 
 
 def save(file: Path, state: HubState) -> None:
-    """Replaces the file at once: a reader, or the next start, sees the old or the new state."""
+    """See write_json."""
+    write_json(file, state.as_json())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replaces the file at once: a reader, or the next start, sees the old or the new state.
+
+    Raises OSError.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(state.as_json(), stream, separators=(",", ":"))
+        json.dump(value, stream, separators=(",", ":"))
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

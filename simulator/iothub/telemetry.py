@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from .devices import ClientId
+from .errors import HubError
+from .json_text import parse_json
 
 # System properties of the topic's bag, under the names that routes and queries use.
 _SYSTEM_NAMES = {
@@ -41,8 +42,8 @@ class Message:
         themselves are always in `bodyBase64`.
         """
         try:
-            body = json.loads(self.body)
-        except (ValueError, RecursionError):
+            body = parse_json(self.body)
+        except HubError:
             try:
                 body = self.body.decode()
             except UnicodeDecodeError:
@@ -77,10 +78,13 @@ def decode_properties(bag: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 class TelemetryStore:
-    """The newest `capacity` messages of a hub."""
+    """The newest messages of a hub, up to `capacity` of them and bodies of `capacity_bytes`."""
 
-    def __init__(self, capacity: int = 10_000) -> None:
-        self._messages: deque[Message] = deque(maxlen=capacity)
+    def __init__(self, capacity: int = 10_000, capacity_bytes: int = 64 * 1024 * 1024) -> None:
+        self._messages: deque[Message] = deque()
+        self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
+        self._bytes = 0
         self._last = 0
 
     def add(self, client: ClientId, body: bytes, bag: str, enqueued: str) -> Message:
@@ -88,6 +92,11 @@ class TelemetryStore:
         self._last += 1
         message = Message(self._last, client, body, properties, system, enqueued)
         self._messages.append(message)
+        self._bytes += len(body)
+        while len(self._messages) > self._capacity or (
+            self._bytes > self._capacity_bytes and len(self._messages) > 1
+        ):
+            self._bytes -= len(self._messages.popleft().body)
         return message
 
     def query(

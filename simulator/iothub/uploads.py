@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 import secrets
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,6 +20,9 @@ BLOB_LIMIT = 64 * 1024 * 1024
 _STORED_LIMIT = 256 * 1024 * 1024
 _LIFETIME = timedelta(hours=1)
 _NAME_LIMIT = 1024
+_UPLOADS_AT_ONCE = 10
+_NOTIFICATIONS = 10_000
+_BLOCKS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +39,31 @@ class Uploads:
 
     def __init__(self, storage_host: str, clock: Clock) -> None:
         self.storage_host = storage_host
-        self.notifications: list[dict[str, Any]] = []
+        self.notifications: deque[dict[str, Any]] = deque(maxlen=_NOTIFICATIONS)
         self.blobs: dict[str, Blob] = {}
         self._clock = clock
         self._key = secrets.token_bytes(32)
-        self._pending: dict[str, tuple[str, str]] = {}
+        self._finished = 0
+        self._pending: dict[str, tuple[str, str, datetime]] = {}
         self._blocks: dict[tuple[str, str], bytes] = {}
 
     def begin(self, device: str, name: Any) -> dict[str, Any]:
-        """The answer to `POST /devices/{device}/files`. Raises HubError 400."""
+        """The answer to `POST /devices/{device}/files`. Raises HubError 400 or 403."""
         if not isinstance(name, str) or not 0 < len(name) <= _NAME_LIMIT:
             raise invalid(f"blobName has 1 to {_NAME_LIMIT} characters")
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise invalid(f"blobName {name!r}: no empty part, '.' or '..' between slashes")
+        now = self._clock.now()
+        self._pending = {key: one for key, one in self._pending.items() if one[2] > now}
+        if sum(one[0] == device for one in self._pending.values()) >= _UPLOADS_AT_ONCE:
+            raise HubError(
+                403,
+                "DeviceMaximumActiveFileUploadLimitExceeded",
+                f"{device} has {_UPLOADS_AT_ONCE} uploads that it has not finished",
+            )
         correlation = secrets.token_urlsafe(24)
         blob = f"{device}/{name}"
-        self._pending[correlation] = device, blob
+        self._pending[correlation] = device, blob, now + _LIFETIME
         return {
             "correlationId": correlation,
             "hostName": self.storage_host,
@@ -62,14 +75,15 @@ class Uploads:
     def finish(self, device: str, call: Mapping[str, Any]) -> None:
         """`POST /devices/{device}/files/notifications`. Raises HubError 400 or 404."""
         correlation = call.get("correlationId")
-        owner, blob = self._pending.get(str(correlation), ("", ""))
+        owner, blob, _ = self._pending.get(str(correlation), ("", "", None))
         if owner != device:
             raise HubError(404, "NotFound", f"{device} has no upload {correlation!r}")
         del self._pending[str(correlation)]
         stored = self.blobs.get(blob)
+        self._finished += 1
         self.notifications.append(
             {
-                "sequenceNumber": len(self.notifications) + 1,
+                "sequenceNumber": self._finished,
                 "deviceId": device,
                 "blobName": blob,
                 "blobUri": f"https://{self.storage_host}/{CONTAINER}/{quote(blob)}",
@@ -83,10 +97,16 @@ class Uploads:
 
     # The storage.
 
+    def container_url(self) -> str:
+        """The container's URL with a signature for all its blobs, as `UploadModuleLogs` takes."""
+        return f"https://{self.storage_host}/{CONTAINER}{self._token('', 'c')}"
+
     def check(self, blob: str, query: Mapping[str, str]) -> None:
-        """Whether the query carries a token for this blob. Raises HubError 403."""
+        """Whether the query carries a token for this blob or for all. Raises HubError 403."""
         fields = {name: query.get(name, "") for name in ("sv", "sr", "sp", "se")}
-        right = hmac.compare_digest(self._signature(blob, fields), query.get("sig", ""))
+        signed = "" if fields["sr"] == "c" else blob
+        shown = query.get("sig", "").encode("utf-8", "surrogateescape")
+        right = hmac.compare_digest(self._signature(signed, fields).encode(), shown)
         try:
             expiry = datetime.fromisoformat(fields["se"].replace("Z", "+00:00"))
         except ValueError:
@@ -105,7 +125,8 @@ class Uploads:
 
     def put_block(self, blob: str, block: str, body: bytes) -> None:
         """Put Block. Raises HubError 507."""
-        if sum(map(len, self._blocks.values())) + len(body) > _STORED_LIMIT:
+        full = len(self._blocks) >= _BLOCKS and (blob, block) not in self._blocks
+        if full or sum(map(len, self._blocks.values())) + len(body) > _STORED_LIMIT:
             raise HubError(507, "InsufficientStorage", "the simulated storage is full")
         self._blocks[blob, block] = body
 
@@ -124,9 +145,9 @@ class Uploads:
             raise HubError(404, "BlobNotFound", f"there is no blob {blob!r}")
         return self.blobs[blob]
 
-    def _token(self, blob: str) -> str:
+    def _token(self, blob: str, kind: str = "b") -> str:
         expiry = (self._clock.now() + _LIFETIME).strftime("%Y-%m-%dT%H:%M:%SZ")
-        fields = {"sv": "2021-10-04", "sr": "b", "sp": "rw", "se": expiry}
+        fields = {"sv": "2021-10-04", "sr": kind, "sp": "rw", "se": expiry}
         return "?" + urlencode({**fields, "sig": self._signature(blob, fields)})
 
     def _signature(self, blob: str, fields: Mapping[str, str]) -> str:

@@ -92,9 +92,10 @@ class EdgeDevice:
             raise
 
     async def stop(self) -> None:
-        if self._runner is not None:
-            runner, self._runner = self._runner, None
-            await runner.cleanup()
+        if self._runner is None:
+            return
+        runner, self._runner = self._runner, None
+        await runner.cleanup()
         for name in ("workload.sock", "mgmt.sock"):
             (self._folder / name).unlink(missing_ok=True)
 
@@ -142,9 +143,10 @@ class _Routes:
         if call.get("algo") != "HMACSHA256":
             raise invalid(f"algo must be HMACSHA256, not {call.get('algo')!r}")
         keys = dict(zip(("primary", "secondary"), identity.keys, strict=True))
-        if call.get("keyId") not in keys:
+        key = keys.get(str(call.get("keyId")))
+        if key is None:
             raise invalid(f"keyId is primary or secondary, not {call.get('keyId')!r}")
-        return web.json_response({"digest": _digest(keys[call["keyId"]], call.get("data"))})
+        return web.json_response({"digest": _digest(key, call.get("data"))})
 
     async def own_identity(self, request: web.Request) -> web.Response:
         identity = self.hub.state.registry.get(ClientId(self.device))
