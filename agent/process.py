@@ -29,6 +29,7 @@ from .image_housekeeping import HostDisk, ImageHousekeeping
 from .image_retention import RetentionRules
 from .image_trust import ImageTrust
 from .images import RegistryImages
+from .manifest import Manifest
 from .manifest_fetch import HttpFetch
 from .manifest_source import ManifestSource
 from .methods.operations import Operations
@@ -58,9 +59,10 @@ from .status import (
 )
 from .steps import Executor, Images, ScoringControl, StepFailed
 from .store import StateStore, StoreError
-from .telemetry import LifecycleEvents, limits_for
+from .telemetry import LifecycleEvents, Upstream
 from .trust import load_trust
 from .twin.transport import TwinTransport
+from .unsupported import shortened, unsupported
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +188,12 @@ class Agent:
         self._upstream = _upstream(config, links)
         self._sender: OutboxSender | None = None
         self._events: LifecycleEvents | None = None
+        self._telemetry: Upstream | None = None
+        self._unsupported: tuple[Manifest | None, list[str]] = (None, [])
         if outbox is not None and self._upstream is not None:
             self._sender = OutboxSender(outbox, self._upstream, self._upstream_connected, jitter)
-            self._events = LifecycleEvents(outbox, store, config.device_id, clock)
+            self._telemetry = Upstream(outbox, config.device_id, outbox_limits(config))
+            self._events = LifecycleEvents(self._telemetry, store, config.device_id, clock)
         self._control: Control = control(
             config.agent_socket, self._apply, self._status, self._operations
         )
@@ -261,10 +266,9 @@ class Agent:
             self._note_engine()
         self._starts = note_starts(self._starts, snapshot, self._clock.now())
         if self._outbox is not None and self._events is not None:
+            if snapshot.manifest is not None and self._telemetry is not None:
+                self._telemetry.configure(snapshot.manifest.edge_hub)
             self._events.note(snapshot)
-            if snapshot.manifest is not None:
-                limits = outbox_limits(self._config)
-                self._outbox.set_limits(limits_for(limits, snapshot.manifest.edge_hub))
         for source in self._publisher.sources():
             self._publisher.publish(source, self._report(source))
         notice = asyncio.ensure_future(self._control.changed())
@@ -276,6 +280,16 @@ class Agent:
         if not self._engine_noted:
             self._engine_noted = True
             self._store.note_fact(ENGINE_SEEN, "yes")
+
+    def _not_done(self) -> list[str]:
+        """What of the present manifest has no effect on this device."""
+        manifest = self._snapshot.manifest
+        if manifest is None:
+            return []
+        if self._unsupported[0] is not manifest:
+            limit = None if self._outbox is None else self._config.telemetry.max_size_bytes
+            self._unsupported = manifest, shortened(unsupported(manifest, limit))
+        return self._unsupported[1]
 
     def _say_goodbye(self) -> None:
         for source in self._publisher.sources():
@@ -299,6 +313,8 @@ class Agent:
                     "dropped": dict(telemetry.dropped),
                     "error": telemetry.error,
                 }
+        if not_done := self._not_done():
+            details["unsupported"] = not_done
         awaited = self._source.awaited
         if awaited is not None:
             details["fetch"] = awaited.document()
@@ -344,8 +360,11 @@ class Agent:
             _processes(self._config.processes_file),
             None
             if self._outbox is None or self._sender is None or self._upstream is None
-            else telemetry_document(self._upstream.name, self._sender.sent, self._outbox.status()),
+            else telemetry_document(
+                self._upstream.name, self._sender.sent, self._outbox.status(), self._outbox.limits
+            ),
             None if self._source.awaited is None else self._source.awaited.document(),
+            self._not_done(),
         )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from .conditions import Condition
-from .outbox import OutboxStatus
+from .outbox import Limits, OutboxStatus
 from .plan import Failure
 from .publish import LinkState
 from .reconcile import Snapshot
@@ -28,6 +28,7 @@ def status_document(
     processes: Mapping[str, Any],
     telemetry: Mapping[str, Any] | None = None,
     fetch: Mapping[str, Any] | None = None,
+    unsupported: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `gatelet status --json` prints. Keys are stable; times are ISO 8601 in UTC."""
     specs = {} if snapshot.manifest is None else {m.name: m for m in snapshot.manifest.modules}
@@ -75,11 +76,17 @@ def status_document(
         "processes": dict(processes),
         "telemetry": telemetry,
         "fetch": fetch,
+        "unsupported": list(unsupported),
     }
 
 
-def telemetry_document(to: str, sent: int, outbox: OutboxStatus) -> dict[str, Any]:
-    """The outbox: what waits, what was sent since the start, what was dropped in its whole life."""
+def telemetry_document(
+    to: str, sent: int, outbox: OutboxStatus, limits: Limits | None = None
+) -> dict[str, Any]:
+    """The outbox: what waits, what was sent since the start, what was dropped in its whole life.
+
+    `limits` are those that hold now. Past the size the oldest of the lowest priority go first.
+    """
     return {
         "to": to,
         "messages": outbox.messages,
@@ -88,6 +95,9 @@ def telemetry_document(to: str, sent: int, outbox: OutboxStatus) -> dict[str, An
         "sent": sent,
         "dropped": dict(outbox.dropped),
         "error": outbox.error,
+        "limits": None
+        if limits is None
+        else {"bytes": limits.max_bytes, "seconds": limits.ttl_seconds},
     }
 
 

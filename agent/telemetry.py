@@ -11,11 +11,13 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .clock import Clock
 from .edge_hub import EdgeHub
+from .message_condition import Message
+from .message_routes import MessageRoutes, compile_routes
 from .outbox import Limits, Outbox, OutboxError, Telemetry
 from .reconcile import Snapshot
 from .store import Deployment, StateStore
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 EVENT_PROPERTY = "gatelet-event"
 EVENT_PRIORITY = 2
+"""Where no route of the manifest sets another."""
+
+AGENT_MODULE, EVENT_OUTPUT = "$edgeAgent", "events"
 _REMEMBERED = 512
 
 
@@ -73,10 +78,59 @@ def limits_for(device: Limits, hub: EdgeHub | None) -> Limits:
     return Limits(min(size, device.max_bytes), ttl)
 
 
+class Upstream:
+    """The outbox under the manifest's `$edgeHub` section: limits, priorities and times to live."""
+
+    def __init__(self, outbox: Outbox, device: str, limits: Limits) -> None:
+        """`limits` are the device's own."""
+        self._outbox = outbox
+        self._device = device
+        self._limits = limits
+        self._routes = MessageRoutes()
+        self._hub: EdgeHub | None = None
+
+    def configure(self, hub: EdgeHub | None) -> None:
+        """Follow this section from now on; limits count for what is stored already too."""
+        self._outbox.set_limits(limits_for(self._limits, hub))
+        if hub != self._hub:
+            self._hub = hub
+            self._routes = compile_routes(hub)
+
+    async def put(self, module: str, output: str, message: Telemetry) -> str:
+        """Store `message` from `module`'s `output` as the routes say, and return its id.
+
+        The agent's own messages (module "$edgeAgent") go upstream even where no route takes them;
+        of all others those are not stored, and the id is empty. Raises what Outbox.put raises.
+        """
+        delivery = None
+        if self._routes.routes:
+            system = {
+                "contentType": message.content_type,
+                "contentEncoding": "utf-8",
+                "connectionDeviceId": self._device,
+                "connectionModuleId": module,
+            }
+            source = f"/messages/modules/{module}/outputs/{output}"
+            delivery = self._routes.upstream(
+                Message(source, message.body, message.properties, system)
+            )
+        if delivery is not None:
+            message = replace(
+                message,
+                priority=message.priority if delivery.priority is None else delivery.priority,
+                ttl_seconds=message.ttl_seconds
+                if delivery.ttl_seconds is None
+                else delivery.ttl_seconds,
+            )
+        elif module != AGENT_MODULE and self._hub is not None:
+            return ""
+        return await self._outbox.put(message)
+
+
 class LifecycleEvents:
     """Puts each event into the outbox until it is there."""
 
-    def __init__(self, outbox: Outbox, store: StateStore, device: str, clock: Clock) -> None:
+    def __init__(self, outbox: Upstream, store: StateStore, device: str, clock: Clock) -> None:
         self._outbox = outbox
         self._store = store
         self._device = device
@@ -131,7 +185,7 @@ class LifecycleEvents:
             key=event.key,
         )
         try:
-            await self._outbox.put(message)
+            await self._outbox.put(AGENT_MODULE, EVENT_OUTPUT, message)
         except OutboxError:
             log.debug("%s is not stored yet", event.key)
         else:

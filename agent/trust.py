@@ -58,7 +58,7 @@ def load_trust(config: TrustConfig) -> Trust:
         raise ConfigError(
             "trust.manifests is require and trust.keys is empty: no manifest could ever be taken"
         )
-    rules = []
+    rules: list[ImageRule] = []
     for rule in config.images:
         unknown = sorted(set(rule.keys) - set(keys))
         if unknown:

@@ -14,7 +14,7 @@ from gatelet.agent.process import open_outbox, outbox_limits
 from gatelet.agent.reconcile import Snapshot
 from gatelet.agent.status import telemetry_document
 from gatelet.agent.store import Deployment, StateStore
-from gatelet.agent.telemetry import LifecycleEvents, deployment_events, limits_for
+from gatelet.agent.telemetry import LifecycleEvents, Upstream, deployment_events, limits_for
 from gatelet.simulator.virtual_time import VirtualClock, run
 
 
@@ -68,7 +68,7 @@ def test_events_are_told_once_over_restarts_and_also_when_a_crash_came_between(
         told: list[str] = []
         for _ in range(3):
             outbox = Outbox(tmp_path / "outbox.db", clock)
-            events = LifecycleEvents(outbox, store, "edge-1", clock)
+            events = LifecycleEvents(Upstream(outbox, "edge-1", Limits()), store, "edge-1", clock)
             for _ in range(3):
                 events.note(Snapshot())
                 await asyncio.sleep(1)
@@ -102,7 +102,7 @@ def test_an_event_that_the_disk_has_no_room_for_is_told_later(tmp_path: Path) ->
         store = StateStore(tmp_path / "state.db", clock)
         store.accept("iothub", 1, b"{}")
         outbox = Outbox(tmp_path / "outbox.db", clock, fault=fault)
-        events = LifecycleEvents(outbox, store, "edge-1", clock)
+        events = LifecycleEvents(Upstream(outbox, "edge-1", Limits()), store, "edge-1", clock)
         events.note(Snapshot())
         await asyncio.sleep(1)
         assert outbox.head() is None
