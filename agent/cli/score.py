@@ -49,7 +49,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from ..scoring.client import ScoringClient
     from ..scoring.errors import ScoringError
 
-    texts = dict(_named(text) for text in arguments.inputs)
+    texts = dict(named(text) for text in arguments.inputs)
     if len(texts) != len(arguments.inputs):
         wrong_use("an --input is given twice")
     try:
@@ -71,7 +71,8 @@ def _score(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _named(text: str) -> tuple[str, str]:
+def named(text: str) -> tuple[str, str]:
+    """NAME=VALUE in its parts."""
     name, separator, value = text.partition("=")
     if not (name and separator and value):
         wrong_use(f"--input {text!r} must be NAME=FILE.npy or NAME=JSON")
@@ -87,10 +88,11 @@ def _inputs(
             f"{model} takes {', '.join(map(str, specs.values()))}; give each with --input, "
             f"found {', '.join(texts) or 'none'}"
         )
-    return {name: _read(specs[name], value) for name, value in texts.items()}
+    return {name: read_value(specs[name], value) for name, value in texts.items()}
 
 
-def _read(spec: TensorSpec, value: str) -> Array:
+def read_value(spec: TensorSpec, value: str) -> Array:
+    """The array of a .npy or .json file, or of JSON itself. Raises CommandError."""
     import numpy as np
 
     if value.endswith(".npy"):
