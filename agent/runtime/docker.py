@@ -319,11 +319,18 @@ def _make_shared_folder(body: Mapping[str, Any]) -> None:
     if path is None:
         return
     folder = Path(path)
-    folder.mkdir(mode=0o770, parents=True, exist_ok=True)
     user = str(body.get("User") or "").partition(":")[0]
-    if user.isdecimal() and os.geteuid() == 0:
-        os.chown(folder, int(user), -1)
-    folder.chmod(0o770)
+    try:
+        folder.mkdir(mode=0o770, parents=True, exist_ok=True)
+        if user.isdecimal() and os.geteuid() == 0:
+            os.chown(folder, int(user), -1)
+        folder.chmod(0o770)
+    except OSError as error:
+        raise RuntimeFailed(
+            f"cannot make {folder} for the module's scoring socket: {error.strerror}; "
+            "check device.run-dir",
+            retryable=True,
+        ) from error
 
 
 def _remove(client: Client, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 import uuid
 from datetime import datetime, timedelta, timezone
@@ -526,3 +527,133 @@ async def test_an_engine_that_goes_and_comes_back(bench, runtime):
     assert (stopped.state, stopped.drift) == ("exited", ())
     await runtime.start(spec.name)
     assert (await view(runtime, spec)).state == "running"
+
+
+# What only the real engine has
+
+
+@pytest.fixture
+async def real(engine):
+    bench = RealBench(engine)
+    yield bench
+    await bench.close()
+
+
+async def test_a_long_line_and_a_terminal(real):
+    runtime = real.runtime()
+    long = "x" * 40_000
+    spec = await made(real, runtime, Cmd=["env"], env=[("LONG", long)])
+    await until(runtime, spec, lambda found: found.state == "exited")
+    assert f"LONG={long}" in [line.text for line in await lines(runtime, spec)]
+    terminal = await made(real, runtime, Cmd=["lines", "3"], Tty=True)
+    await until(runtime, terminal, lambda found: found.state == "exited")
+    found = await lines(runtime, terminal)
+    assert [(line.stream, line.text) for line in found] == [
+        ("stdout", f"line {number}") for number in range(3)
+    ]
+    assert all(line.at is not None for line in found)
+
+
+async def test_a_missing_program_is_no_trouble_of_the_engine(real):
+    runtime = real.runtime()
+    spec = await made(real, runtime, start=False, Entrypoint=["/nothing"])
+    with pytest.raises(RuntimeFailed, match="correct Cmd and Entrypoint") as failed:
+        await runtime.start(spec.name)
+    assert not failed.value.retryable
+    assert "no such file" in (await view(runtime, spec)).error
+
+
+async def test_a_cancelled_pull_stops_the_transfer(real):
+    """The registry's side of it: a pull through a door that is closed half way."""
+    runtime = real.runtime()
+    door = Door(real.engine.registry.address)
+    await door.start()
+    try:
+        noise = {"noise": os.urandom(8 << 20)}
+        pushed = real.engine.push(f"{unique()}:1", files=noise)
+        image = pushed.name.replace(real.engine.registry.address, door.address)
+        door.limit = 2 << 20
+        pull = asyncio.create_task(runtime.pull(image, pushed.digest, (), lambda progress: None))
+        await asyncio.wait_for(door.full.wait(), SECONDS)
+        assert door.open
+        pull.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pull
+        # The engine hung up, although nothing came that could have told it to.
+        await asyncio.wait_for(door.ended.wait(), SECONDS)
+        door.limit = 1 << 40
+        seen = []
+        await asyncio.wait_for(runtime.pull(image, pushed.digest, (), seen.append), SECONDS)
+        assert seen[-1].bytes_done >= 8 << 20
+    finally:
+        await door.stop()
+
+
+class Door:
+    """A TCP proxy in front of a registry that lets `limit` bytes through per connection."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target.rpartition(":")[::2]
+        self.limit = 1 << 40
+        self.full = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.open: set[asyncio.StreamWriter] = set()
+        self.tasks: set[asyncio.Task] = set()
+
+    async def start(self) -> None:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+
+    async def serve(self, reader, writer) -> None:
+        inner = await asyncio.open_connection(self._target[0], int(self._target[1]))
+        self.open.add(writer)
+        ways = [
+            asyncio.create_task(self.copy(reader, inner[1], 1 << 40)),
+            asyncio.create_task(self.copy(inner[0], writer, self.limit)),
+        ]
+        self.tasks.update(ways)
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        for end in (inner[1], writer):
+            end.close()
+        self.open.discard(writer)
+        if self.full.is_set() and not self.open:
+            self.ended.set()
+
+    async def copy(self, reader, writer, left) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(64 * 1024):
+                left -= len(data)
+                if left < 0:
+                    self.full.set()
+                    await asyncio.Event().wait()
+                writer.write(data)
+                await writer.drain()
+
+    async def stop(self) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.server.wait_closed()
+
+
+async def test_a_link_on_the_host_must_be_permitted_too(real, tmp_path):
+    image, digest = real.publish("probe:1")
+    policy = DockerPolicy(mounts=(str(tmp_path),))
+    runtime = DockerRuntime(real.engine.socket, real.device, policy=policy)
+    real.runtimes.append(runtime)
+    await runtime.pull(image, digest, (), lambda progress: None)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "good").symlink_to(tmp_path / "inside")
+    (tmp_path / "bad").symlink_to("/etc")
+    for name, good in (("inside", True), ("good", True), ("bad", False)):
+        options = {"HostConfig": {"NetworkMode": "none", "Binds": [f"{tmp_path}/{name}:/d"]}}
+        module = ModuleSpec(unique(), image, create_options=json.dumps(options))
+        spec = create_body(module, real.device, policy, CreateFacts(digest=digest))
+        if good:
+            await runtime.create(spec)
+        else:
+            with pytest.raises(RuntimeFailed, match=r"is a link to /etc; /etc is not allowed"):
+                await runtime.create(spec)
