@@ -80,10 +80,11 @@ def _element(value: Any, before: Any, name: str) -> Any:
 def secret_values(value: Any, name: str = "") -> set[str]:
     """The texts that `redact_document` hides by name: to be taken out of other texts as well."""
     if isinstance(value, Mapping):
+        whole = secret_name(name) and "credential" not in name.lower()
         return {
             found
             for key, inner in value.items()
-            for found in secret_values(inner, name if secret_name(name) else str(key))
+            for found in secret_values(inner, name if whole else str(key))
         }
     if isinstance(value, (list, tuple)):
         pairs = [v.partition("=") for v in value if isinstance(v, str)]

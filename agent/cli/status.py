@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .command import add_config_option, add_json_option, configuration, print_json
+from ..clock import SystemClock
+from .command import add_config_option, add_json_option, configuration, palette, print_json
+from .spans import module_text
+
+_COLOURS = {
+    "running": "green",
+    "unhealthy": "yellow",
+    "backoff": "yellow",
+    "failed": "red",
+    "dead": "red",
+}
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +66,9 @@ def _status(arguments: argparse.Namespace) -> int:
         print(f"telemetry   {_telemetry(telemetry)}")
     for name, process in status["processes"].items():
         print(f"{name:11} pid {process['pid']}, {process.get('restarts', 0)} restarts")
+    if status["scoring"]:
+        addresses = (f"{name} {address}" for name, address in status["scoring"].items())
+        print(f"{'serving':11} {', '.join(addresses)}")
     for refusal in status["refused"]:
         print(f"refused     from {refusal['source']} ({refusal['code']}): {refusal['description']}")
     print()
@@ -79,14 +92,19 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(modules)
     else:
-        _table(modules)
+        now = SystemClock().now()
+        _table([{**module, "description": module_text(module, now)} for module in modules])
     return 0
 
 
 def _table(modules: list[dict[str, Any]]) -> None:
+    """As `iotedge list` prints it."""
+    paint = palette()
     rows = [("NAME", "STATUS", "DESCRIPTION", "CONFIG")]
     rows += [(m["name"], m["status"], m["description"], m["image"]) for m in modules]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        print("  ".join((*cells, row[3])))
+        name, status, text = (cell.ljust(n) for cell, n in zip(row[:3], widths, strict=True))
+        colour = _COLOURS.get(row[1])
+        shown = status if colour is None else paint(status, colour)
+        print("  ".join((name, shown, text, row[3])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import importlib.util
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import AgentConfig, ConfigError
+from ..config import AgentConfig, ConfigError, DockerConfig
 from ..roles import board_of
 from .findings import Check, Outcome, error, ok, skipped, warning
 
@@ -21,7 +22,6 @@ DISK_ERROR, DISK_WARNING = 64 * 2**20, 512 * 2**20
 MEMORY_ERROR, MEMORY_WARNING = 24 * 2**20, 64 * 2**20
 INODES_WARNING = 1000
 ENGINE_SECONDS = 5.0
-DOCKER_SOCKET = "/var/run/docker.sock"
 
 Status = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def machine_checks(config: AgentConfig, file: Path, status: Status | None) -> li
         Check("deployment", lambda: deployment(status)),
         Check("scoring port", lambda: scoring_port(config.scoring.grpc_address, status)),
         Check("fpga", lambda: fpga(config, status)),
-        Check("container engine", lambda: engine(engine_socket(config, os.environ), status)),
+        Check("container engine", lambda: engine(config.docker, status)),
     ]
 
 
@@ -212,26 +212,18 @@ def fpga(config: AgentConfig, status: Status | None) -> Outcome:
     return ok(f"{board.name} ({board.part}), the fabric process serves it")
 
 
-def engine_socket(config: AgentConfig, environment: Mapping[str, str]) -> str:
-    """The engine's address: configured, from DOCKER_HOST, or Docker's own."""
-    section = getattr(config, "docker", None)
-    for key in ("url", "socket", "host"):
-        found = str(getattr(section, key, "") or "")
-        if found:
-            return found.removeprefix("unix://")
-    return environment.get("DOCKER_HOST", f"unix://{DOCKER_SOCKET}").removeprefix("unix://")
-
-
-def engine(address: str, status: Status | None) -> Outcome:
+def engine(docker: DockerConfig, status: Status | None) -> Outcome:
+    address = docker.socket
     used = status is not None and any("container" in module for module in status["modules"])
     fail: Callable[[str, str], Outcome] = error if used else warning
     hint = "" if used else " (only container modules need it)"
-    if not address.startswith("/"):
-        return skipped(f"{address} is not a local socket")
-    if not Path(address).exists():
-        if used:
-            return error(f"no engine at {address}", "install and start Docker")
-        return skipped(f"no engine at {address}; only container modules need one")
+    if docker.enabled is False:
+        return skipped("docker.enabled is false")
+    if not address.exists():
+        wanted = used or docker.enabled is True
+        text = f"no engine at {address}"
+        fix = "install Docker (apt install docker.io) and start it, or correct docker.socket"
+        return error(text, fix) if wanted else skipped(f"{text}; only container modules need one")
     try:
         version = engine_version(address)
     except PermissionError:
@@ -241,10 +233,14 @@ def engine(address: str, status: Status | None) -> Outcome:
         )
     except (OSError, ValueError, http.client.HTTPException) as failure:
         return fail(f"{address}: {failure}{hint}", "systemctl restart docker")
+    if importlib.util.find_spec("docker") is None:
+        return fail(
+            f"{version}, but the docker package is missing{hint}", "pip install 'gatelet[docker]'"
+        )
     return ok(f"{version} at {address}")
 
 
-def engine_version(path: str) -> str:
+def engine_version(path: Path) -> str:
     """Raises OSError, ValueError or HTTPException."""
     connection = _UnixConnection(path)
     try:
@@ -261,14 +257,14 @@ def engine_version(path: str) -> str:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=ENGINE_SECONDS)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(ENGINE_SECONDS)
-        self.sock.connect(self._path)
+        self.sock.connect(str(self._path))
 
 
 def _size(count: float) -> str:
