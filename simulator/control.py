@@ -170,6 +170,8 @@ class ControlServer:
                 registry.heal(body.get("digest"))
             else:
                 raise invalid("a registry can corrupt, truncate, fail, drop and heal")
-        except (KeyError, TypeError, ValueError) as error:
-            raise invalid(f"{fault}: {error} is missing or not a number") from error
+        except KeyError as error:
+            raise invalid(f"{fault}: {error} is missing") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise invalid(f"{fault}: {error}") from error
         return web.Response(status=204)

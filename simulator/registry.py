@@ -1,8 +1,6 @@
 """An OCI registry over a folder, for tests, demos and `gatelet sim`; it can be made to misbehave.
 
 Source: OCI distribution-spec v1.1: pull, push (monolithic and in chunks), mount, tags, deletion.
-Layout: `blobs/sha256/<hex>`, and per repository `repositories/<name>/_blobs/<hex>` (what it has),
-`_manifests/<hex>` (the media type) and `_tags/<tag>` (a digest).
 """
 
 from __future__ import annotations
@@ -14,37 +12,27 @@ import hashlib
 import hmac
 import json
 import re
-import secrets
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
 
-_NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+from .registry_faults import RegistryFaults
+from .registry_folder import DIGEST, NAME, TAG, Refused, RegistryFolder, error_response, flip
+from .registry_uploads import RegistryUploads
+
 _ROUTES = [
-    (re.compile(rf"/v2/({_NAME})/manifests/([^/]+)"), "manifests"),
-    (re.compile(rf"/v2/({_NAME})/blobs/uploads/?"), "uploads"),
-    (re.compile(rf"/v2/({_NAME})/blobs/uploads/([^/]+)"), "upload"),
-    (re.compile(rf"/v2/({_NAME})/blobs/([^/]+)"), "blobs"),
-    (re.compile(rf"/v2/({_NAME})/tags/list"), "tags"),
+    (re.compile(rf"/v2/({NAME})/manifests/([^/]+)"), "manifests"),
+    (re.compile(rf"/v2/({NAME})/blobs/uploads/?"), "uploads"),
+    (re.compile(rf"/v2/({NAME})/blobs/uploads/([^/]+)"), "upload"),
+    (re.compile(rf"/v2/({NAME})/blobs/([^/]+)"), "blobs"),
+    (re.compile(rf"/v2/({NAME})/tags/list"), "tags"),
 ]
-_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})", re.ASCII)
+_COUNT = re.compile(r"\d{1,18}", re.ASCII)
 _CHUNK = 64 * 1024
 _MAX_MANIFEST = 4 * 1024 * 1024
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.response = _error(status, code, message)
-
-
-def _error(status: int, code: str, message: str) -> web.Response:
-    body = json.dumps({"errors": [{"code": code, "message": message, "detail": None}]}).encode()
-    return web.Response(status=status, body=body, content_type="application/json")
 
 
 class Registry:
@@ -66,6 +54,7 @@ class Registry:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.root = root
+        self._folder = RegistryFolder(root)
         self._host = host
         self._port = port
         self._tls = tls
@@ -75,11 +64,8 @@ class Registry:
             else base64.b64encode(f"{username}:{password or ''}".encode()).decode()
         )
         self._runner: web.AppRunner | None = None
-        self._uploads: dict[str, Path] = {}
-        self._corrupt: set[str] = set()
-        self._truncate: dict[str, int] = {}
-        self._drop_after: int | None = None
-        self._failures: list[int] = []
+        self._uploads = RegistryUploads(self._folder)
+        self._faults = RegistryFaults()
         self._running = asyncio.Event()
         self._running.set()
         self.requests: list[tuple[str, str]] = []
@@ -114,39 +100,34 @@ class Registry:
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
-        for path in self._uploads.values():
-            path.unlink(missing_ok=True)
         self._uploads.clear()
 
     # Faults
 
     def corrupt(self, digest: str) -> None:
         """From now on, flip one bit in the middle of this blob or manifest when serving it."""
-        self._corrupt.add(digest)
+        self._faults.corrupted.add(digest)
 
     def truncate(self, digest: str, at: int) -> None:
-        """From now on, serve only the first `at` bytes of this blob, as if it had no more."""
-        self._truncate[digest] = at
+        """From now on, serve only the first `at` bytes of this blob, as if it had no more.
+
+        Raises ValueError for a negative number.
+        """
+        self._faults.truncate(digest, at)
 
     def drop_after(self, count: int | None) -> None:
         """Cut the connection of each blob download after `count` bytes; None to stop that."""
-        self._drop_after = count
+        self._faults.drop_after = count
 
     def fail_next(self, count: int, status: int = 503) -> None:
-        """Answer the next `count` requests with `status`."""
-        self._failures += [status] * count
+        """Answer the next `count` requests with `status`. Raises ValueError for one below 400."""
+        self._faults.fail_next(count, status)
 
     def heal(self, digest: str | None = None) -> None:
         """Take back `corrupt` and `truncate` for one digest, or every fault."""
-        if digest is not None:
-            self._corrupt.discard(digest)
-            self._truncate.pop(digest, None)
-            return
-        self._corrupt.clear()
-        self._truncate.clear()
-        self._drop_after = None
-        self._failures.clear()
-        self.resume()
+        self._faults.heal(digest)
+        if digest is None:
+            self.resume()
 
     def pause(self) -> None:
         """Answer nothing until `resume`: requests wait, downloads under way stand still."""
@@ -160,12 +141,12 @@ class Registry:
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs))
         await self._running.wait()
-        if self._failures:
-            return _error(self._failures.pop(0), "UNAVAILABLE", "told to fail")
+        if (status := self._faults.failure()) is not None:
+            return error_response(status, "UNAVAILABLE", "told to fail")
         try:
             self._authenticate(request)
             return await self._route(request)
-        except _Refused as refused:
+        except Refused as refused:
             return refused.response
 
     def _authenticate(self, request: web.Request) -> None:
@@ -173,9 +154,9 @@ class Registry:
             return
         scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "basic" or not hmac.compare_digest(
-            sent.strip().encode(), self._credentials.encode()
+            sent.strip().encode("utf-8", "surrogateescape"), self._credentials.encode()
         ):
-            refused = _Refused(401, "UNAUTHORIZED", "authentication required")
+            refused = Refused(401, "UNAUTHORIZED", "authentication required")
             refused.response.headers["WWW-Authenticate"] = 'Basic realm="gatelet registry"'
             raise refused
 
@@ -202,20 +183,20 @@ class Registry:
                 }
                 handler = handlers.get((request.method, kind))
                 if handler is None:
-                    raise _Refused(405, "UNSUPPORTED", "the operation is unsupported")
+                    raise Refused(405, "UNSUPPORTED", "the operation is unsupported")
                 return await handler(request, *match.groups())
-        raise _Refused(404, "NAME_INVALID", "no such path")
+        raise Refused(404, "NAME_INVALID", "no such path")
 
     # Manifests
 
     async def _get_manifest(
         self, request: web.Request, name: str, target: str
     ) -> web.StreamResponse:
-        digest = self._target(name, target)
-        raw = self._blob(digest).read_bytes()
-        media_type = (self._repository(name) / "_manifests" / _hex(digest)).read_text()
-        if digest in self._corrupt:
-            raw = _flip(raw, len(raw) // 2)
+        digest = self._folder.target(name, target)
+        raw = self._folder.blob(digest).read_bytes()
+        media_type = self._folder.media_type(name, digest)
+        if digest in self._faults.corrupted:
+            raw = flip(raw, len(raw) // 2)
         return web.Response(
             body=raw,
             headers={
@@ -231,11 +212,11 @@ class Registry:
             raw += more
         digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
         if len(raw) > _MAX_MANIFEST:
-            raise _Refused(413, "SIZE_INVALID", "manifest too large")
+            raise Refused(413, "SIZE_INVALID", "manifest too large")
         if ":" in target and target != digest:
-            raise _Refused(400, "DIGEST_INVALID", f"provided digest is not {digest}")
-        if ":" not in target and not _TAG.fullmatch(target):
-            raise _Refused(400, "TAG_INVALID", "manifest tag did not match the rule for tags")
+            raise Refused(400, "DIGEST_INVALID", f"provided digest is not {digest}")
+        if ":" not in target and not TAG.fullmatch(target):
+            raise Refused(400, "TAG_INVALID", "manifest tag did not match the rule for tags")
         try:
             document = json.loads(raw)
             parts = document.get("manifests")
@@ -244,15 +225,12 @@ class Registry:
             digests = [str(part["digest"]) for part in parts]
             media_type = str(document.get("mediaType") or request.content_type)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise _Refused(400, "MANIFEST_INVALID", "manifest invalid") from None
+            raise Refused(400, "MANIFEST_INVALID", "manifest invalid") from None
         for part in digests:
-            if not self._has(name, part):
-                raise _Refused(404, "MANIFEST_BLOB_UNKNOWN", f"blob unknown to registry: {part}")
-        self._keep(name, raw, digest)
-        folder = self._repository(name)
-        _write(folder / "_manifests" / _hex(digest), media_type)
-        if ":" not in target:
-            _write(folder / "_tags" / target, digest)
+            if not self._folder.has(name, part):
+                raise Refused(404, "MANIFEST_BLOB_UNKNOWN", f"blob unknown to registry: {part}")
+        tag = "" if ":" in target else target
+        self._folder.put_manifest(name, raw, digest, media_type, tag)
         return web.Response(
             status=201,
             headers={
@@ -262,59 +240,34 @@ class Registry:
         )
 
     async def _delete_manifest(self, request: web.Request, name: str, target: str) -> web.Response:
-        digest = self._target(name, target)
-        folder = self._repository(name)
-        if ":" in target:
-            (folder / "_manifests" / _hex(digest)).unlink()
-        for tag in (folder / "_tags").glob("*"):
-            if tag.name == target or (":" in target and tag.read_text() == digest):
-                tag.unlink()
+        self._folder.delete_manifest(name, target)
         return web.Response(status=202)
 
     async def _list_tags(self, request: web.Request, name: str) -> web.Response:
-        folder = self._repository(name)
-        if not folder.is_dir():
-            raise _Refused(404, "NAME_UNKNOWN", "repository name not known to registry")
-        tags = sorted(path.name for path in (folder / "_tags").glob("*"))
+        tags = self._folder.tags(name)
         last = request.query.get("last", "")
         tags = [tag for tag in tags if tag > last]
-        if (limit := request.query.get("n", "")).isdecimal():
+        if _COUNT.fullmatch(limit := request.query.get("n", "")):
             tags = tags[: int(limit)]
         return web.json_response({"name": name, "tags": tags})
-
-    def _target(self, name: str, target: str) -> str:
-        folder = self._repository(name)
-        if not folder.is_dir():
-            raise _Refused(404, "NAME_UNKNOWN", f"repository {name} not known to registry")
-        digest = target
-        if ":" not in target:
-            try:
-                if not _TAG.fullmatch(target):
-                    raise FileNotFoundError
-                digest = (folder / "_tags" / target).read_text()
-            except FileNotFoundError:
-                raise _Refused(404, "MANIFEST_UNKNOWN", f"no tag {target}") from None
-        if not _DIGEST.fullmatch(digest) or not (folder / "_manifests" / _hex(digest)).is_file():
-            raise _Refused(404, "MANIFEST_UNKNOWN", f"no manifest {digest}")
-        return digest
 
     # Blobs
 
     async def _get_blob(self, request: web.Request, name: str, digest: str) -> web.StreamResponse:
-        if not _DIGEST.fullmatch(digest):
-            raise _Refused(400, "DIGEST_INVALID", "provided digest is not sha256")
-        if not self._has(name, digest):
-            raise _Refused(404, "BLOB_UNKNOWN", f"blob unknown to registry: {digest}")
-        path = self._blob(digest)
+        if not DIGEST.fullmatch(digest):
+            raise Refused(400, "DIGEST_INVALID", "provided digest is not sha256")
+        if not self._folder.has(name, digest):
+            raise Refused(404, "BLOB_UNKNOWN", f"blob unknown to registry: {digest}")
+        path = self._folder.blob(digest)
         whole = path.stat().st_size
-        size = min(whole, self._truncate.get(digest, whole))
+        size = min(whole, self._faults.truncated.get(digest, whole))
         start, end, status = 0, size, 200
         if match := _RANGE.fullmatch(request.headers.get("Range", "")):
             start = int(match[1])
             end = min(size, int(match[2]) + 1) if match[2] else size
             status = 206
             if start >= end:
-                refused = _Refused(416, "RANGE_INVALID", f"the blob has {size} bytes")
+                refused = Refused(416, "RANGE_INVALID", f"the blob has {size} bytes")
                 refused.response.headers["Content-Range"] = f"bytes */{size}"
                 raise refused
         response = web.StreamResponse(
@@ -352,16 +305,16 @@ class Registry:
             while start < end:
                 await self._running.wait()
                 most = min(_CHUNK, end - start)
-                if self._drop_after is not None:
-                    most = min(most, self._drop_after - sent)
+                if self._faults.drop_after is not None:
+                    most = min(most, self._faults.drop_after - sent)
                     if most <= 0:
                         if request.transport is not None:
                             request.transport.close()
                         return
                 chunk = file.read(most)
                 middle = whole // 2
-                if digest in self._corrupt and start <= middle < start + len(chunk):
-                    chunk = _flip(chunk, middle - start)
+                if digest in self._faults.corrupted and start <= middle < start + len(chunk):
+                    chunk = flip(chunk, middle - start)
                 await response.write(chunk)
                 start += len(chunk)
                 sent += len(chunk)
@@ -372,14 +325,10 @@ class Registry:
 
     async def _begin_upload(self, request: web.Request, name: str) -> web.Response:
         mount, source = request.query.get("mount"), request.query.get("from")
-        if mount and source and _DIGEST.fullmatch(mount) and self._has(source, mount):
-            _write(self._repository(name) / "_blobs" / _hex(mount), "")
+        if mount and source and DIGEST.fullmatch(mount) and self._folder.has(source, mount):
+            self._folder.mark(name, mount)
             return self._created(name, mount)
-        identifier = secrets.token_hex(16)
-        path = self.root / "uploads" / identifier
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self._uploads[identifier] = path
+        identifier = self._uploads.begin()
         if "digest" in request.query:
             return await self._finish_upload(request, name, identifier)
         return self._accepted(name, identifier, 202)
@@ -387,14 +336,14 @@ class Registry:
     async def _upload_status(
         self, request: web.Request, name: str, identifier: str
     ) -> web.Response:
-        self._upload(identifier)
+        self._uploads.path(identifier)
         return self._accepted(name, identifier, 204)
 
     async def _append(self, request: web.Request, name: str, identifier: str) -> web.Response:
-        path = self._upload(identifier)
+        path = self._uploads.path(identifier)
         span = re.fullmatch(r"(\d+)-(\d+)", request.headers.get("Content-Range", ""))
         if span and int(span[1]) != path.stat().st_size:
-            refused = _Refused(416, "RANGE_INVALID", "chunks come in order")
+            refused = Refused(416, "RANGE_INVALID", "chunks come in order")
             refused.response.headers["Range"] = f"0-{max(0, path.stat().st_size - 1)}"
             raise refused
         await self._receive(request, path)
@@ -403,28 +352,15 @@ class Registry:
     async def _finish_upload(
         self, request: web.Request, name: str, identifier: str
     ) -> web.Response:
-        path = self._upload(identifier)
         digest = request.query.get("digest", "")
-        await self._receive(request, path)
-        del self._uploads[identifier]
-        actual = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1024 * 1024):
-                actual.update(chunk)
-        if digest != f"sha256:{actual.hexdigest()}":
-            path.unlink()
-            raise _Refused(400, "DIGEST_INVALID", "provided digest did not match the content")
-        blob = self._blob(digest)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(blob)
-        _write(self._repository(name) / "_blobs" / _hex(digest), "")
+        await self._receive(request, self._uploads.path(identifier))
+        self._uploads.finish(identifier, name, digest)
         return self._created(name, digest)
 
     async def _cancel_upload(
         self, request: web.Request, name: str, identifier: str
     ) -> web.Response:
-        self._upload(identifier).unlink(missing_ok=True)
-        del self._uploads[identifier]
+        self._uploads.cancel(identifier)
         return web.Response(status=204)
 
     async def _receive(self, request: web.Request, path: Path) -> None:
@@ -433,14 +369,8 @@ class Registry:
                 await self._running.wait()
                 file.write(chunk)
 
-    def _upload(self, identifier: str) -> Path:
-        try:
-            return self._uploads[identifier]
-        except KeyError:
-            raise _Refused(404, "BLOB_UPLOAD_UNKNOWN", "blob upload unknown") from None
-
     def _accepted(self, name: str, identifier: str, status: int) -> web.Response:
-        size = self._uploads[identifier].stat().st_size
+        size = self._uploads.path(identifier).stat().st_size
         return web.Response(
             status=status,
             headers={
@@ -455,38 +385,3 @@ class Registry:
             status=201,
             headers={"Location": f"/v2/{name}/blobs/{digest}", "Docker-Content-Digest": digest},
         )
-
-    # The folder
-
-    def _repository(self, name: str) -> Path:
-        return self.root / "repositories" / name
-
-    def _blob(self, digest: str) -> Path:
-        return self.root / "blobs" / "sha256" / _hex(digest)
-
-    def _has(self, name: str, digest: str) -> bool:
-        return (
-            _DIGEST.fullmatch(digest) is not None
-            and re.fullmatch(_NAME, name) is not None
-            and (self._repository(name) / "_blobs" / _hex(digest)).is_file()
-            and self._blob(digest).is_file()
-        )
-
-    def _keep(self, name: str, raw: bytes, digest: str) -> None:
-        blob = self._blob(digest)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        blob.write_bytes(raw)
-        _write(self._repository(name) / "_blobs" / _hex(digest), "")
-
-
-def _hex(digest: str) -> str:
-    return digest.partition(":")[2]
-
-
-def _flip(data: bytes, index: int) -> bytes:
-    return data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)

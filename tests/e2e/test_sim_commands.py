@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -113,8 +114,29 @@ def test_broker_and_registry(control: Control) -> None:
     caught.value.close()
     assert control("POST", "/registry/heal")[0] == 204
     urllib.request.urlopen(f"http://{address}/v2/", timeout=10).close()
-    for fault, body in (("corrupt", {}), ("truncate", {"digest": "x", "at": "y"}), ("melt", {})):
+    for fault, body in (
+        ("corrupt", {}),
+        ("truncate", {"digest": "x", "at": "y"}),
+        ("truncate", {"digest": "x", "at": -1}),
+        ("fail", {"count": 10**12}),
+        ("fail", {"count": 1, "status": 99_999}),
+        ("drop", {"after": float("inf")}),
+        ("melt", {}),
+    ):
         assert control("POST", f"/registry/{fault}", body)[0] == 400
+
+
+def test_numbers_without_end_do_not_trouble_the_registry(control: Control) -> None:
+    address, digits = control.site.registry.address, "9" * 5000
+    digest = f"sha256:{hashlib.sha256(b'x').hexdigest()}"
+    push = f"http://{address}/v2/x/blobs/uploads/?digest={digest}"
+    urllib.request.urlopen(urllib.request.Request(push, b"x", method="POST"), timeout=10).close()
+    for path in (f"tags/list?n={digits}", f"blobs/{digest}"):
+        request = urllib.request.Request(
+            f"http://{address}/v2/x/{path}", headers={"Range": f"bytes={digits}-"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert answer.status == 200
 
 
 def test_the_hub_below_the_control_api(control: Control) -> None:
