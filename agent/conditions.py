@@ -139,6 +139,17 @@ def _details(
             },
             **({"notes": list(loaded.notes)} if loaded.notes else {}),
         }
+    if loaded is not None and loaded.mirror is not None:
+        mirror = loaded.mirror
+        details["mirror"] = {
+            "compared": mirror.compared,
+            "differing": mirror.differing,
+            "failed": mirror.failed,
+            "dropped": mirror.dropped,
+            "largestDifference": mirror.largest_difference,
+        }
+    if module.name in snapshot.canaries:
+        details["canary"] = snapshot.canaries[module.name].document()
     if module.options.unsupported and module.kind != "container":
         details["unsupported"] = list(module.options.unsupported)
     progress = dict(snapshot.progress).get(f"pull:{module.name}")

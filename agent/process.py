@@ -463,8 +463,9 @@ def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
 
 def _module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
     details = dict(condition.details)
+    # Counters would make every report differ from the one before: they are metrics, not state.
+    details.pop("mirror", None)
     if "backends" in details:
-        # Counters would make every report differ from the one before: they are metrics, not state.
         details["backends"] = {
             name: {key: value for key, value in backend.items() if key in ("healthy", "detail")}
             for name, backend in details["backends"].items()

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from .canaries import Canaries, CanaryView
 from .clock import Clock
 from .deployments import (
     ContainerMaker,
@@ -107,6 +108,7 @@ class Snapshot:
     running: tuple[Step, ...] = ()
     progress: tuple[tuple[str, Progress], ...] = ()
     restarts: Mapping[str, RestartState] = field(default_factory=dict)
+    canaries: Mapping[str, CanaryView] = field(default_factory=dict)
     rules: Rules = field(default_factory=Rules)
     now: float = 0.0
 
@@ -146,6 +148,7 @@ class Reconciler:
         self._maker = maker
         self._housekeeping = housekeeping
         self._restarts = RestartMemory(store, clock, settings.restarts, boot_id)
+        self._canaries = Canaries(store)
         self._unready: dict[str, float] = {}
         self._observed = Observed(frozenset(), False, {}, ())
 
@@ -178,8 +181,9 @@ class Reconciler:
         except ManifestError as error:
             return self.refuse(source, version, sent, error)
         pins = self._inherited(manifest)
+        previous = self._store.last_good()
         deployment = self._store.accept(source, version, body, document=document, proof=proof)
-        return self._accepted(deployment, pins)
+        return self._accepted(deployment, pins, previous)
 
     def _inherited(self, manifest: Manifest) -> dict[str, Pin]:
         previous = self._store.last_good()
@@ -188,9 +192,14 @@ class Reconciler:
         pins = self._store.pinned(previous.generation)
         return inherited_pins(manifest, self._manifest(previous), pins)
 
-    def _accepted(self, deployment: Deployment, pins: Mapping[str, Pin]) -> Verdict:
+    def _accepted(
+        self, deployment: Deployment, pins: Mapping[str, Pin], origin: Deployment | None
+    ) -> Verdict:
+        """`pins`: of the modules that are as they were in `origin`."""
         for module, pin in pins.items():
             self._store.pin(deployment.generation, module, pin.digest, pin.kind)
+        if origin is not None:
+            self._canaries.inherit(origin.generation, deployment.generation, pins)
         log.info("deployment %d from %s accepted", deployment.generation, deployment.source)
         self._wake.set()
         return Verdict(200, "", deployment.generation)
@@ -226,7 +235,8 @@ class Reconciler:
             return Verdict(400, f"{which} among the good deployments of this device: {known}")
         target = good[0]
         pins = self._store.pinned(target.generation)
-        return self._accepted(self._store.accept(ROLLBACK, target.generation, target.body), pins)
+        accepted = self._store.accept(ROLLBACK, target.generation, target.body)
+        return self._accepted(accepted, pins, target)
 
     def restart(self, module: str) -> Verdict:
         """Restart a module of the running deployment, whatever its restart policy says.
@@ -339,6 +349,8 @@ class Reconciler:
         self._forget(current)
         self._start(goal.wanted, current)
         now = self._clock.monotonic()
+        if self._canaries.note(wanted, observed.routes, scoring, now):
+            self._wake.set()
         self._publish(
             Snapshot(
                 goal=goal,
@@ -351,6 +363,7 @@ class Reconciler:
                 running=tuple(step for step, _ in self._tasks.values()),
                 progress=tuple(sorted(self._progress.items())),
                 restarts=dict(self._restarts.states()),
+                canaries=self._canaries.views(wanted),
                 rules=self._settings.planning(),
                 now=now,
             )
@@ -462,8 +475,8 @@ class Reconciler:
 
     def _wanted(self, deployment: Deployment) -> Wanted:
         generation = deployment.generation
-        return self._wanted_of(
-            generation, self._manifest(deployment), self._store.pinned(generation)
+        return self._canaries.shares(
+            self._wanted_of(generation, self._manifest(deployment), self._store.pinned(generation))
         )
 
     def _wanted_of(self, generation: int, manifest: Manifest, pins: Mapping[str, Pin]) -> Wanted:
@@ -576,7 +589,8 @@ class Reconciler:
     def _pause(self, goal: Goal, wanted: Wanted, current: Plan, observed: Observed) -> float:
         now = self._clock.monotonic()
         pause = self._settings.idle_poll_seconds
-        if self._tasks or not observed.scoring_up or not current.settled:
+        canary = self._canaries.running(wanted)
+        if self._tasks or not observed.scoring_up or not current.settled or canary:
             pause = self._settings.busy_poll_seconds
         times = [
             failure.retry_at
