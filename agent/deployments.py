@@ -149,6 +149,8 @@ def instance_name(module: str, digest: str, options: ScoringOptions, made: str =
         options.instances,
         options.threads,
     )
+    if options.auth != "none":
+        load = (*load, options.auth)
     if made:
         load = (*load, made)
     tail = hashlib.sha256(repr(load).encode()).hexdigest()[:6]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..accelerators.fpga.board import Board, board_named, detect_board
 from .config import AgentConfig
@@ -78,9 +79,35 @@ def run_scoring_role(config: AgentConfig) -> int:
             http_address=config.scoring.http_address,
             metrics_address=config.scoring.metrics_address,
             memory_budget_mb=config.scoring.memory_budget_mb,
+            **_security(config),
             control_socket=str(config.scoring_socket),
             fabric_socket=None if board is None else str(config.fabric_socket),
             board=None if board is None else board.name,
             part=None if board is None else board.part,
         )
     )
+
+
+def _security(config: AgentConfig) -> dict[str, Any]:
+    from .scoring.rate import RateLimit
+    from .scoring.tls import TlsSettings
+    from .scoring.tokens import TokenSettings
+
+    scoring = config.scoring
+    tls, tokens = scoring.tls, scoring.tokens
+    return {
+        "keys_dir": str(config.scoring_keys_dir),
+        "allow_insecure": scoring.allow_insecure,
+        "cors_origins": scoring.cors_origins,
+        "rate": RateLimit(scoring.rate_per_second, scoring.rate_burst)
+        if scoring.rate_per_second
+        else None,
+        "tls": None
+        if tls is None
+        else TlsSettings(
+            tls.cert_file, tls.key_file, tls.client_ca_file, tls.require_client_certificate
+        ),
+        "tokens": None
+        if tokens is None
+        else TokenSettings(tokens.jwks_file, tokens.issuer, tokens.audience, tokens.leeway_seconds),
+    }

@@ -58,7 +58,7 @@ class ScoringOptions(msgspec.Struct, frozen=True):
 
     `traffic` is this module's percentage of the endpoint's requests; None for the module that gets
     the remainder. `mirror`: percent of them that it gets a copy of. `sticky`: the header whose
-    equal values go to one module. `auth` and `collect` are kept as asked for; `unsupported` names
+    equal values go to one module. `collect` is kept as asked for; `unsupported` names
     the variables that ask for something this version does not do.
     """
 
@@ -109,7 +109,6 @@ def scoring_options(spec: ModuleSpec) -> ScoringOptions:
             raise variables.error("SCORING_TRAFFIC", "0 or nothing beside SCORING_MIRROR")
         traffic = 0
     asked = {
-        "SCORING_AUTH": auth != "none",
         "SCORING_COLLECT": collect.lower() not in _OFF,
     }
     return ScoringOptions(

@@ -80,6 +80,7 @@ class ControlService:
             max_delay=request.options.max_delay_us / 1e6,
             slots=request.options.instances,
             priority=request.options.priority,
+            auth=request.options.auth or "none",
         )
         with self._loading:
             loaded = self._loaded.get(request.instance)

@@ -8,7 +8,7 @@ DEFECT = "the scoring process hit a defect of its own; its log has the details"
 
 
 class Code(Enum):
-    """gRPC's names; REST maps them to 404, 400, 503, 504, 501, 500 and 429."""
+    """gRPC's names; REST maps them to 404, 400, 503, 504, 501, 500, 429, 401 and 403."""
 
     NOT_FOUND = "NOT_FOUND"
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
@@ -17,6 +17,8 @@ class Code(Enum):
     UNIMPLEMENTED = "UNIMPLEMENTED"
     INTERNAL = "INTERNAL"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
 
 
 class ScoringError(Exception):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from ...protos.services import HEALTH, INFERENCE, handlers
+from .access import Access
 from .dataplane import DataPlane
 from .grpc_service import HealthService, InferenceService, StreamPool
 
@@ -40,7 +41,14 @@ class AddressUnavailable(Exception):
 class GrpcServer:
     """Listens from construction on, serves from `start` on."""
 
-    def __init__(self, plane: DataPlane, address: str, limits: GrpcLimits | None = None) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        address: str,
+        limits: GrpcLimits | None = None,
+        access: Access | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         """`address`: host:port (port 0: any free one) or unix:path. Raises AddressUnavailable."""
         limits = limits or GrpcLimits()
         threads = limits.threads or automatic_threads()
@@ -51,11 +59,11 @@ class GrpcServer:
             options=_options(limits),
             maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
         )
-        inference = handlers(INFERENCE, InferenceService(plane, self._streams))
+        inference = handlers(INFERENCE, InferenceService(plane, self._streams, access))
         health = handlers(HEALTH, HealthService(plane, self._streams))
         self._server.add_generic_rpc_handlers((inference, health))
         try:
-            self.address = _listen(self._server, address)
+            self.address = _listen(self._server, address, credentials)
         except AddressUnavailable:
             self._server.stop(None)
             self._pool.shutdown()
@@ -82,9 +90,12 @@ def automatic_threads() -> int:
     return 32 + (os.cpu_count() or 1)
 
 
-def _listen(server: grpc.Server, address: str) -> str:
+def _listen(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         port, reason = 0, error
     else:

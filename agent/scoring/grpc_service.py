@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import Message
@@ -17,6 +18,7 @@ from ...protos import open_inference_pb2 as oip
 from ...protos.services import HEALTH, INFERENCE
 from . import oip_extensions as extensions
 from . import repository
+from .access import Access, Caller
 from .dataplane import DataPlane
 from .errors import DEFECT, Code, ScoringError
 from .oip_messages import decode_request, encode_metadata, encode_response
@@ -94,9 +96,10 @@ class StreamPool:
 class InferenceService:
     """One method per rpc of `inference.GRPCInferenceService`."""
 
-    def __init__(self, plane: DataPlane, streams: StreamPool) -> None:
+    def __init__(self, plane: DataPlane, streams: StreamPool, access: Access | None = None) -> None:
         self._plane = plane
         self._streams = streams
+        self._access = access or Access(plane)
         self._memory = plane.shared_memory
         self.model_stream_infer = streams.served(self._stream)
 
@@ -126,15 +129,43 @@ class InferenceService:
     def model_metadata(
         self, request: oip.ModelMetadataRequest, context: grpc.ServicerContext
     ) -> oip.ModelMetadataResponse:
-        return _answer(
+        return self._guarded(
             context,
+            request.name,
             lambda: encode_metadata(self._plane.model_metadata(request.name, request.version)),
         )
+
+    def _guarded(
+        self,
+        context: grpc.ServicerContext,
+        endpoint: str,
+        work: Callable[[], T],
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """What `work` gives whoever may call it; `endpoint` "": a call about the whole server."""
+
+        def admitted() -> T:
+            self._admit(context, endpoint, _headers(context) if headers is None else headers)
+            return work()
+
+        return _answer(context, admitted)
+
+    def _admit(
+        self, context: grpc.ServicerContext, endpoint: str, headers: Mapping[str, str]
+    ) -> None:
+        if not self._access.open_to_all(endpoint):
+            self._access.admit(_caller(context, headers), endpoint, "grpc")
 
     def model_infer(
         self, request: oip.ModelInferRequest, context: grpc.ServicerContext
     ) -> oip.ModelInferResponse:
-        return _answer(context, lambda: self._infer(request, _deadline(context), _headers(context)))
+        headers = _headers(context)
+        return self._guarded(
+            context,
+            request.model_name,
+            lambda: self._infer(request, _deadline(context), headers),
+            headers,
+        )
 
     def _infer(
         self, message: oip.ModelInferRequest, deadline: float | None, headers: Mapping[str, str]
@@ -148,12 +179,17 @@ class InferenceService:
     ) -> Iterator[oip.ModelStreamInferResponse]:
         deadline, headers = _deadline(context), _headers(context)
         while (message := self._streams.next(requests, context)) is not None:
-            yield self._stream_answer(message, deadline, headers)
+            yield self._stream_answer(message, deadline, headers, context)
 
     def _stream_answer(
-        self, message: oip.ModelInferRequest, deadline: float | None, headers: Mapping[str, str]
+        self,
+        message: oip.ModelInferRequest,
+        deadline: float | None,
+        headers: Mapping[str, str],
+        context: grpc.ServicerContext,
     ) -> oip.ModelStreamInferResponse:
         try:
+            self._admit(context, message.model_name, headers)
             answer = self._infer(message, deadline, headers)
         except ScoringError as error:
             text = error.message
@@ -174,22 +210,27 @@ class InferenceService:
     def model_config(
         self, request: oip.ModelConfigRequest, context: grpc.ServicerContext
     ) -> oip.ModelConfigResponse:
-        return _answer(
-            context, lambda: extensions.model_config(self._plane, request.name, request.version)
+        return self._guarded(
+            context,
+            request.name,
+            lambda: extensions.model_config(self._plane, request.name, request.version),
         )
 
     def model_statistics(
         self, request: oip.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> oip.ModelStatisticsResponse:
-        return _answer(
+        return self._guarded(
             context,
+            request.name,
             lambda: extensions.model_statistics(self._plane, request.name, request.version),
         )
 
     def repository_index(
         self, request: oip.RepositoryIndexRequest, context: grpc.ServicerContext
     ) -> oip.RepositoryIndexResponse:
-        return _answer(context, lambda: extensions.repository_index(self._plane, request.ready))
+        return self._guarded(
+            context, "", lambda: extensions.repository_index(self._plane, request.ready)
+        )
 
     def repository_model_load(
         self, request: oip.RepositoryModelLoadRequest, context: grpc.ServicerContext
@@ -198,7 +239,7 @@ class InferenceService:
             repository.load(self._plane, request.model_name, bool(request.parameters))
             return oip.RepositoryModelLoadResponse()
 
-        return _answer(context, load)
+        return self._guarded(context, request.model_name, load)
 
     def repository_model_unload(
         self, request: oip.RepositoryModelUnloadRequest, context: grpc.ServicerContext
@@ -207,12 +248,14 @@ class InferenceService:
             repository.unload(self._plane, request.model_name)
             return oip.RepositoryModelUnloadResponse()
 
-        return _answer(context, unload)
+        return self._guarded(context, request.model_name, unload)
 
     def system_shared_memory_status(
         self, request: oip.SystemSharedMemoryStatusRequest, context: grpc.ServicerContext
     ) -> oip.SystemSharedMemoryStatusResponse:
-        return _answer(context, lambda: extensions.shared_memory_status(self._memory, request.name))
+        return self._guarded(
+            context, "", lambda: extensions.shared_memory_status(self._memory, request.name)
+        )
 
     def system_shared_memory_register(
         self, request: oip.SystemSharedMemoryRegisterRequest, context: grpc.ServicerContext
@@ -221,13 +264,16 @@ class InferenceService:
             self._memory.register(request.name, request.key, request.offset, request.byte_size)
             return oip.SystemSharedMemoryRegisterResponse()
 
-        return _answer(context, register)
+        return self._guarded(context, "", register)
 
     def system_shared_memory_unregister(
         self, request: oip.SystemSharedMemoryUnregisterRequest, context: grpc.ServicerContext
     ) -> oip.SystemSharedMemoryUnregisterResponse:
-        self._memory.unregister(request.name)
-        return oip.SystemSharedMemoryUnregisterResponse()
+        def unregister() -> oip.SystemSharedMemoryUnregisterResponse:
+            self._memory.unregister(request.name)
+            return oip.SystemSharedMemoryUnregisterResponse()
+
+        return self._guarded(context, "", unregister)
 
     def cuda_shared_memory_status(
         self, request: oip.CudaSharedMemoryStatusRequest, context: grpc.ServicerContext
@@ -247,12 +293,12 @@ class InferenceService:
     def trace_setting(
         self, request: oip.TraceSettingRequest, context: grpc.ServicerContext
     ) -> oip.TraceSettingResponse:
-        return _answer(context, lambda: extensions.trace_setting(request))
+        return self._guarded(context, "", lambda: extensions.trace_setting(request))
 
     def log_settings(
         self, request: oip.LogSettingsRequest, context: grpc.ServicerContext
     ) -> oip.LogSettingsResponse:
-        return _answer(context, lambda: extensions.log_settings(request))
+        return self._guarded(context, "", lambda: extensions.log_settings(request))
 
 
 class HealthService:
@@ -297,6 +343,18 @@ class HealthService:
 def _headers(context: grpc.ServicerContext) -> Mapping[str, str]:
     # Those that end in "-bin" hold bytes, which no routing rule looks at.
     return {k: value for k, value in context.invocation_metadata() if isinstance(value, str)}
+
+
+def _caller(context: grpc.ServicerContext, headers: Mapping[str, str]) -> Caller:
+    # "ipv4:127.0.0.1:40000", "ipv6:%5B::1%5D:40000" or "unix:".
+    peer = context.peer()
+    proven: Any = context.auth_context()
+    names = proven.get("x509_common_name", [])
+    return Caller(
+        unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]") or "unix",
+        names[0].decode("utf-8", "replace") if names else "",
+        headers.get("authorization", ""),
+    )
 
 
 def _deadline(context: grpc.ServicerContext) -> float | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
+from .access import Access
 from .dataplane import DataPlane
 from .errors import DEFECT, Code, ScoringError
 from .http_call import Call, azure_ids
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # Larger bodies are read and unpacked beside the event loop, which others wait for.
 _LARGE = 128 * 1024
+_UNGUARDED = frozenset(
+    {"healthy", "live", "ready", "model_ready", "server_metadata", "score", "score_query"}
+)
 _SLOW = frozenset({"repository_load", "repository_unload", "openapi", "swagger"})
 
 
@@ -45,10 +49,17 @@ class HttpService:
         plane: DataPlane,
         limits: HttpLimits | None = None,
         soon: Callable[[Callable[[], None]], bool] | None = None,
+        *,
+        access: Access | None = None,
+        origins: Collection[str] = (),
     ) -> None:
-        """`soon` calls back once whatever arrived in this turn of the event loop has been read;
+        """`origins`: of web pages that may call, "*" for all.
+
+        `soon` calls back once whatever arrived in this turn of the event loop has been read;
         False off the loop."""
         self._soon = soon
+        self._access = access or Access(plane)
+        self._origins = frozenset(origins)
         # Instances with requests of this turn; only the loop touches it.
         self._waiting: dict[Instance, None] = {}
         self._plane = plane
@@ -79,7 +90,7 @@ class HttpService:
             if operation is None:
                 allowed = ", ".join(sorted(found.operations))
                 if method == "OPTIONS":
-                    self._finish(call, HttpResponse(200, b"", headers=(("Allow", allowed),)))
+                    self._finish(call, self._preflight(request, allowed))
                     return
                 raise Refusal(
                     405,
@@ -100,6 +111,9 @@ class HttpService:
     def _perform(self, call: Call, operation: Callable[[Call], HttpResponse | None]) -> None:
         def work() -> HttpResponse | None:
             request = call.request
+            self._check_origin(call)
+            if call.operation not in _UNGUARDED:
+                self._access.admit_request(request, call.params.get("model", ""), call.operation)
             encoding = request.headers.get("content-encoding")
             if encoding is not None:
                 request.body = decompress(request.body, encoding, self._limits.max_body_bytes)
@@ -148,10 +162,45 @@ class HttpService:
             if encoding:
                 body = compress(body, encoding)
                 extra += [("Content-Encoding", encoding), ("Vary", "Accept-Encoding")]
+        if "origin" in headers and self._trusts(headers["origin"]):
+            extra += [
+                ("Access-Control-Allow-Origin", headers["origin"]),
+                ("Access-Control-Expose-Headers", HEADER_LENGTH),
+                ("Vary", "Origin"),
+            ]
         extra += call.headers
         call.request.respond(
             HttpResponse(response.status, body, response.content_type, tuple(extra))
         )
+
+    # --- web pages
+
+    def _trusts(self, origin: str) -> bool:
+        return origin in self._origins or "*" in self._origins
+
+    def _check_origin(self, call: Call) -> None:
+        """A page from elsewhere must not change anything here, even if it cannot read the answer.
+
+        Azure ML's paths change nothing, and answer any page. Raises Refusal 403.
+        """
+        origin = call.request.headers.get("origin")
+        if origin is None or call.azure or call.request.method != "POST":
+            return
+        if not self._trusts(origin):
+            raise Refusal(
+                403, f"pages of {origin[:200]!r} may not call; add it to scoring.cors-origins"
+            )
+
+    def _preflight(self, request: HttpRequest, allowed: str) -> HttpResponse:
+        headers = [("Allow", allowed)]
+        if self._trusts(request.headers.get("origin", "")):
+            asked = request.headers.get("access-control-request-headers", "")
+            headers += [
+                ("Access-Control-Allow-Methods", allowed),
+                ("Access-Control-Allow-Headers", asked),
+                ("Access-Control-Max-Age", "600"),
+            ]
+        return HttpResponse(200, b"", headers=tuple(headers))
 
     # --- inference
 
@@ -216,7 +265,13 @@ class HttpService:
 
     def _score(self, call: Call) -> HttpResponse | None:
         request = call.request
-        endpoint = call.endpoint = self._endpoint(call)
+        try:
+            endpoint = call.endpoint = self._endpoint(call)
+        except Refusal:
+            # Names are for those who may call one of them.
+            self._access.admit_request(request, "", call.operation)
+            raise
+        self._access.admit_request(request, endpoint, call.operation)
         metadata = self._plane.model_metadata(endpoint)
         body = request.body
         if call.operation == "score_query":

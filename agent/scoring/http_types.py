@@ -18,6 +18,8 @@ STATUS = {
     Code.UNIMPLEMENTED: 501,
     Code.INTERNAL: 500,
     Code.RESOURCE_EXHAUSTED: 429,
+    Code.UNAUTHENTICATED: 401,
+    Code.PERMISSION_DENIED: 403,
 }
 """What gRPC calls it -> what HTTP calls it; the pairs that Triton and KServe use."""
 
@@ -102,6 +104,8 @@ def retry_after(seconds: float) -> tuple[tuple[str, str], ...]:
 
 def as_refusal(error: ScoringError) -> Refusal:
     hint = () if error.retry_after is None else retry_after(error.retry_after)
+    if error.code is Code.UNAUTHENTICATED:
+        hint = (("WWW-Authenticate", "Bearer"),)
     return Refusal(STATUS[error.code], error.message, hint)
 
 

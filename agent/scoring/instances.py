@@ -174,6 +174,8 @@ class Instance:
         self.state = State.LOADED
         self.error = ""
         self.optional = optional
+        # What clients must show to be answered: none, key or token.
+        self.auth = "none"
         self.statistics = Statistics()
         self.mirrored = MirrorStatistics()
         self._members = tuple(members)

@@ -41,7 +41,8 @@ _PLATFORMS = {"onnx": "onnxruntime_onnx", "ensemble": "ensemble"}
 class InstanceOptions:
     """How to serve a model. `backends` (): all that fit, FPGA first. `timeout` and `max_delay` in
     seconds. `max_batch`: 0 for model.json's where stacking requests pays, 1 for never. `slots`:
-    runs at the same time, 0 for what fits the cores. `priority`: of requests that name none."""
+    runs at the same time, 0 for what fits the cores. `priority`: of requests that name none.
+    `auth`: what clients must show: none, key or token."""
 
     backends: tuple[str, ...] = ()
     threads: int = 0
@@ -50,6 +51,7 @@ class InstanceOptions:
     max_delay: float = 0.0
     slots: int = 0
     priority: int = 0
+    auth: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Loaded:
             timeout=options.timeout,
             optional=_optional(self.model, members),
         )
+        self.instance.auth = options.auth
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .dataplane import DataPlane
-from .http_types import HttpRequest, HttpResponse, Refusal, error_response
+from .errors import ScoringError
+from .http_types import HttpRequest, HttpResponse, Refusal, as_refusal, error_response
 from .instances import Instance
 from .statistics import MirrorSnapshot, Snapshot
 
@@ -190,6 +191,12 @@ def process_metrics() -> list[Family]:
     return [cpu, virtual, resident, files, threads]
 
 
+class Gate(Protocol):
+    """Refuses a request with ScoringError."""
+
+    def admit_request(self, request: HttpRequest, endpoint: str, operation: str) -> None: ...
+
+
 class MetricsSource(Protocol):
     """Something that keeps counts of its own."""
 
@@ -199,9 +206,16 @@ class MetricsSource(Protocol):
 class MetricsService:
     """A `Handler` for `GET /metrics`. `more`: families beside those of models and process."""
 
-    def __init__(self, plane: DataPlane, more: Sequence[MetricsSource] = ()) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        more: Sequence[MetricsSource] = (),
+        gate: Gate | None = None,
+    ) -> None:
+        """`gate` refuses who may not read them."""
         self._plane = plane
         self._more = more
+        self._gate = gate
 
     def __call__(self, request: HttpRequest) -> None:
         if request.path != "/metrics":
@@ -210,7 +224,13 @@ class MetricsService:
         elif request.method not in ("GET", "HEAD"):
             request.respond(error_response(Refusal(405, "use GET", (("Allow", "GET"),))))
         else:
-            request.respond(HttpResponse(200, self.text(), CONTENT_TYPE))
+            try:
+                if self._gate is not None:
+                    self._gate.admit_request(request, "", "metrics")
+            except ScoringError as error:
+                request.respond(error_response(as_refusal(error)))
+            else:
+                request.respond(HttpResponse(200, self.text(), CONTENT_TYPE))
 
     def text(self) -> bytes:
         families = [*model_metrics(self._plane), *process_metrics()]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .rate import RateLimit
+from .tls import TlsSettings
+from .tokens import TokenSettings
+
 
 @dataclass(frozen=True, slots=True)
 class ScoringSettings:
@@ -12,7 +16,11 @@ class ScoringSettings:
     `fabric_socket` None: no FPGA; `board` and `part` say which one it is. `threads`: intra-op
     threads of a model, `grpc_threads`: calls answered at once, each 0 for what fits the cores.
     `drain_seconds`: for running requests when told to end. `memory_budget_mb`: of resident
-    models together, the longest unused leaves; 0: no limit."""
+    models together, the longest unused leaves; 0: no limit.
+
+    `keys_dir`: where the endpoints' keys are. Other addresses than loopback and Unix sockets need
+    `tls`, and keys, tokens or certificates of clients, unless `allow_insecure`. `cors_origins`:
+    of web pages that may call ("*": all). `rate`: of each client's requests."""
 
     control_socket: str
     grpc_address: str = "127.0.0.1:8001"
@@ -26,3 +34,9 @@ class ScoringSettings:
     max_message_bytes: int = 64 * 1024 * 1024
     drain_seconds: float = 10.0
     memory_budget_mb: int = 0
+    keys_dir: str | None = None
+    tls: TlsSettings | None = None
+    tokens: TokenSettings | None = None
+    allow_insecure: bool = False
+    cors_origins: tuple[str, ...] = ()
+    rate: RateLimit | None = None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
+from .access import KEY, NONE, Access
 from .dataplane import DataPlane
-from .grpc_server import GrpcLimits, GrpcServer
+from .grpc_server import AddressUnavailable, GrpcLimits, GrpcServer
 from .http_server import HttpServer
 from .http_service import HttpService
 from .http_types import HttpLimits
+from .keys import KeyStore
 from .prometheus import MetricsService
 from .settings import ScoringSettings
+from .tls import TlsFiles, TlsUnusable
+from .tokens import TokensUnusable, TokenVerifier
 
 
 class Transports:
@@ -32,18 +38,27 @@ class Transports:
         http = http_limits or replace(HttpLimits(), max_body_bytes=largest)
         self.grpc_address = self.http_address = self.metrics_address = ""
         self._grpc: GrpcServer | None = None
+        access = make_access(plane, settings)
         with ExitStack() as undo:
             self._http = HttpServer(http)
             undo.callback(self._http.stop, 0.0)
-            self._service = HttpService(plane, http, self._http.soon)
+            self._service = HttpService(
+                plane, http, self._http.soon, access=access, origins=settings.cors_origins
+            )
             undo.callback(self._service.close)
             if settings.http_address:
-                self.http_address = self._http.listen(settings.http_address, self._service)
+                self.http_address = self._http.listen(
+                    settings.http_address, self._service, _tls(settings)
+                )
             if settings.metrics_address:
-                metrics = MetricsService(plane, (self._http,))
-                self.metrics_address = self._http.listen(settings.metrics_address, metrics)
+                metrics = MetricsService(plane, (self._http, access), access)
+                self.metrics_address = self._http.listen(
+                    settings.metrics_address, metrics, _tls(settings)
+                )
             if settings.grpc_address:
-                self._grpc = GrpcServer(plane, settings.grpc_address, limits)
+                tls = _tls(settings)
+                credentials = None if tls is None else tls.credentials()
+                self._grpc = GrpcServer(plane, settings.grpc_address, limits, access, credentials)
                 self.grpc_address = self._grpc.address
             undo.pop_all()
 
@@ -60,3 +75,46 @@ class Transports:
             self._grpc.stop(drain)
         ending.join()
         self._service.close()
+
+
+def make_access(plane: DataPlane, settings: ScoringSettings) -> Access:
+    """Raises AddressUnavailable when the settings would let strangers in."""
+    addresses = (settings.grpc_address, settings.http_address, settings.metrics_address)
+    wide = [address for address in addresses if address and not is_local(address)]
+    floor = NONE
+    if wide and not settings.allow_insecure:
+        if settings.tls is None:
+            raise AddressUnavailable(
+                f"{wide[0]} can be reached from outside this device; set [scoring.tls], or a "
+                "loopback address, or [scoring] allow-insecure = true if something else protects it"
+            )
+        if not settings.tls.require_client_certificate:
+            floor = KEY
+    try:
+        tokens = None if settings.tokens is None else TokenVerifier(settings.tokens)
+    except TokensUnusable as error:
+        raise AddressUnavailable(str(error)) from None
+    keys = None if settings.keys_dir is None else KeyStore(Path(settings.keys_dir))
+    return Access(plane, keys=keys, tokens=tokens, floor=floor, rate=settings.rate)
+
+
+def is_local(address: str) -> bool:
+    """Whether only this device reaches it; names other than localhost are taken for wide."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _tls(settings: ScoringSettings) -> TlsFiles | None:
+    if settings.tls is None:
+        return None
+    try:
+        return TlsFiles(settings.tls)
+    except TlsUnusable as error:
+        raise AddressUnavailable(str(error)) from None

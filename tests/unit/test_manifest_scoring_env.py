@@ -40,7 +40,7 @@ def test_blank_is_not_set_and_other_variables_do_not_matter() -> None:
 
 def test_what_this_version_does_not_do_is_named() -> None:
     options = scoring_options(spec(AUTH="key", COLLECT="true"))
-    assert options.unsupported == ("SCORING_AUTH", "SCORING_COLLECT")
+    assert options.unsupported == ("SCORING_COLLECT",)
     assert (options.auth, options.collect) == ("key", "true")
     assert scoring_options(spec(AUTH="none", COLLECT="false")).unsupported == ()
 
