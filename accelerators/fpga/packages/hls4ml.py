@@ -1,7 +1,8 @@
 """Packages of hls4ml: VivadoAccelerator (AXI stream) and VitisUnified (AXI master).
 
-The project's hls4ml_config.yml gives precisions; shapes are arguments of the generated driver and
-come from model.json. Source: hls4ml 1.3, backends/vivado_accelerator.
+The project's hls4ml_config.yml gives precisions, and in newer versions shapes; in older ones they
+are arguments of the generated driver and come from model.json. Source: hls4ml 1.3,
+backends/vivado_accelerator.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ def read_hls4ml(directory: Path, files: list[Path], signature: Signature) -> Pac
     for side in ("Input", "Output"):
         text = _text(precision, side) or _text(accelerator, f"{side.lower()}_type") or "float"
         elements.append(hls4ml_element(text))
-    inputs = _ports(signature.inputs, elements[0], "input", directory)
-    outputs = _ports(signature.outputs, elements[1], "output", directory)
+    inputs = _ports(signature.inputs, _shapes(settings, "Input"), elements[0], "input", directory)
+    outputs = _ports(
+        signature.outputs, _shapes(settings, "Output"), elements[1], "output", directory
+    )
     transport: Transport
     if backend == "VitisUnified":
         transport = _master(found.hardware)
@@ -85,17 +88,28 @@ def read_hls4ml(directory: Path, files: list[Path], signature: Signature) -> Pac
     )
 
 
+def _shapes(settings: Mapping, side: str) -> tuple[TensorSpec, ...]:
+    """Tensors as newer versions of hls4ml note them in the configuration."""
+    specs = []
+    for name, sizes in _mapping(settings, f"{side}Shapes").items():
+        if isinstance(sizes, list) and sizes and all(size.isdecimal() for size in sizes):
+            specs.append(TensorSpec(name, "FP32", (-1, *map(int, sizes))))
+    return tuple(specs)
+
+
 def _ports(
-    specs: tuple[TensorSpec, ...], element: Element, what: str, directory: Path
-) -> tuple[Port, ...]:
-    if len(specs) > 1:
-        raise LoadError(f"{directory}: hls4ml's overlays have one {what}, model.json has several")
+    promised: tuple[TensorSpec, ...], noted: tuple[TensorSpec, ...], element: Element, what: str,
+    directory: Path,
+) -> tuple[Port, ...]:  # fmt: skip
+    if max(len(promised), len(noted)) > 1:
+        raise LoadError(f"{directory}: hls4ml's overlays have one {what}, this one has several")
+    elements = math.prod(noted[0].shape[1:]) if noted else None
     return tuple(
         Port(
-            check_spec(spec, None, what, str(directory)),
+            check_spec(spec, elements, what, str(directory)),
             PackedWire(element, 1, math.prod(spec.shape[1:])),
         )
-        for spec in specs
+        for spec in promised or noted
     )
 
 

@@ -1,58 +1,77 @@
-"""The part of YAML that tools dump their settings in: nested block mappings of scalars.
+"""The part of YAML that tools dump their settings in: block mappings and lists of scalars.
 
-Everything is text; lists, tags, anchors and text over several lines are skipped, so that nothing
-can be built or expanded. Pure.
+Everything is text; tags, anchors and text over several lines are skipped, so that nothing can be
+built or expanded. Pure.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _ENTRY = re.compile(
     r"(?P<indent> *)(?P<key>[A-Za-z_][\w .-]*|'[^']*'|\"[^\"]*\"):(?: +(?P<value>.*))?"
 )
 _DEPTH_LIMIT = 16
 
-Mapping = dict[str, "str | Mapping"]
+Mapping = dict[str, Any]
+"""Values are texts, lists of texts, or mappings."""
 
 
 def parse_mappings(text: str) -> Mapping:
-    """Key -> text, or a mapping one level deeper. A key given twice keeps its first value."""
+    """Key -> text, a list of texts, or a mapping one level deeper.
+
+    A key given twice keeps its first value.
+    """
     root: Mapping = {}
     # (indent, mapping) of what is open; a mapping's own indent is known with its first key.
-    open_levels: list[tuple[int, Mapping]] = [(0, root)]
-    pending: tuple[int, Mapping] | None = None
-    skip_from: int | None = None
+    levels: list[tuple[int, Mapping]] = [(0, root)]
+    pending: tuple[int, Mapping, str] | None = None
+    block_from: int | None = None
     for line in text.splitlines():
-        if not line.strip() or line.lstrip().startswith(("#", "- ", "---", "%")):
+        stripped = line.strip()
+        if not stripped or stripped.startswith(("#", "---", "%")):
             continue
         indent = len(line) - len(line.lstrip(" "))
-        if skip_from is not None:
-            if indent > skip_from:
+        if block_from is not None:
+            if indent > block_from:
                 continue
-            skip_from = None
+            block_from = None
+        if stripped.startswith("- "):
+            if pending is not None and indent >= pending[0]:
+                _append(pending[1], pending[2], _scalar(stripped[2:].strip()))
+            continue
         match = _ENTRY.fullmatch(line.rstrip())
         if match is None:
             continue
         if pending is not None:
-            if indent > pending[0] and len(open_levels) < _DEPTH_LIMIT:
-                open_levels.append((indent, pending[1]))
+            above, parent, name = pending
+            inner = parent[name]
+            if indent > above and isinstance(inner, dict) and len(levels) < _DEPTH_LIMIT:
+                levels.append((indent, inner))
             pending = None
-        while indent < open_levels[-1][0]:
-            open_levels.pop()
-        if indent != open_levels[-1][0]:
+        while indent < levels[-1][0]:
+            levels.pop()
+        if indent != levels[-1][0]:
             continue
-        level = open_levels[-1][1]
+        level = levels[-1][1]
         key, value = _scalar(match["key"]), (match["value"] or "").strip()
         if value in ("|", ">", "|-", ">-"):
-            skip_from = indent
+            block_from = indent
         elif value:
             level.setdefault(key, _scalar(value))
         elif key not in level:
-            inner: Mapping = {}
-            level[key] = inner
-            pending = (indent, inner)
+            level[key] = {}
+            pending = (indent, level, key)
     return root
+
+
+def _append(parent: Mapping, key: str, text: str) -> None:
+    value = parent[key]
+    if isinstance(value, list):
+        value.append(text)
+    elif not value:
+        parent[key] = [text]
 
 
 def _scalar(text: str) -> str:
