@@ -21,17 +21,18 @@ def span(seconds: float) -> str:
 
 def module_text(module: Mapping[str, Any], now: datetime) -> str:
     """The DESCRIPTION of `gatelet list` for an entry of the status document."""
-    status = module["status"]
-    started, ended = _time(module.get("started")), _time(module.get("finished"))
-    code = module.get("exitCode")
-    ago = "" if ended is None else f" {span((now - ended).total_seconds())} ago"
-    if status == "running":
-        return "Up" if started is None else f"Up {span((now - started).total_seconds())}"
-    if status == "stopped":
-        return f"Stopped{ago}"
-    if status == "failed" and code is not None:
-        return f"Failed ({code}){ago}"
-    return str(module["description"])
+    status, description = module["status"], str(module["description"])
+    started, exited = _time(module.get("started")), _time(module.get("exited"))
+    if status == "running" and started is not None:
+        return f"Up {span((now - started).total_seconds())}"
+    if exited is not None and module.get("container", {}).get("state") in ("exited", "dead"):
+        ago = f"{span((now - exited).total_seconds())} ago"
+        if status == "stopped":
+            return f"Stopped {ago}"
+        if status in ("failed", "backoff", "dead"):
+            again = ", to be restarted" if status == "backoff" else ""
+            return f"Failed ({module['exitCode']}) {ago}{again}"
+    return "Stopped" if status == "stopped" else description
 
 
 def _time(text: Any) -> datetime | None:
