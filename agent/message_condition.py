@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,26 +57,14 @@ class Message:
     system: Mapping[str, str]
     _json: Any = None
 
-    def value(self, name: str) -> Any:
-        """What `name` stands for, _UNDEFINED where there is nothing."""
-        if not name.startswith("$"):
-            return self.properties.get(name, _UNDEFINED)
-        first, _, _ = re.split(r"([.\[])", name + ".", maxsplit=1)
-        if first != "$body":
-            return self.system.get(name[1:], _UNDEFINED)
+    def json(self) -> Any:
+        """The body as JSON, _UNDEFINED where it is none."""
         if self._json is None:
             try:
                 self._json = [json.loads(self.body)]
             except (ValueError, RecursionError):
                 self._json = [_UNDEFINED]
-        value = self._json[0]
-        for member, index in _STEP.findall(name[len(first) :]):
-            if index:
-                there = isinstance(value, list) and int(index) < len(value)
-                value = value[int(index)] if there else _UNDEFINED
-            else:
-                value = value.get(member, _UNDEFINED) if isinstance(value, dict) else _UNDEFINED
-        return value
+        return self._json[0]
 
 
 Condition = Callable[[Message], Any]
@@ -178,9 +166,10 @@ class _Parser:
 
         def compared(message: Message) -> bool | None:
             one, other = left(message), right(message)
-            if _kind(one) != _kind(other) or _kind(one) is None:
+            kind = _kind(one)
+            if kind is None or kind != _kind(other):
                 return None
-            if not equality and _kind(one) not in ("text", "number"):
+            if not equality and kind not in ("text", "number"):
                 return None
             return compare(one, other)
 
@@ -209,31 +198,51 @@ class _Parser:
         self._next()
         if self.kind == "sign" and self.word == "(":
             raise UnsupportedCondition(f"the function {word[:32]} is not supported in conditions")
-        constant = {"true": True, "false": False, "null": None}.get(word.lower(), _UNDEFINED)
+        constant: Any = {"true": True, "false": False, "null": None}.get(word.lower(), _UNDEFINED)
         if constant is not _UNDEFINED:
             return lambda message: constant
-        if word.startswith("$") and word[1:] not in SYSTEM_PROPERTIES:
-            first = re.split(r"[.\[]", word, maxsplit=1)[0]
-            if first != "$body":
-                raise UnsupportedCondition(f"{word[:64]} is not known in conditions here")
-        return lambda message: message.value(word)
+        if not word.startswith("$"):
+            return lambda message: message.properties.get(word, _UNDEFINED)
+        if word[1:] in SYSTEM_PROPERTIES:
+            return lambda message: message.system.get(word[1:], _UNDEFINED)
+        first = re.split(r"[.\[]", word, maxsplit=1)[0]
+        if first != "$body":
+            raise UnsupportedCondition(f"{word[:64]} is not known in conditions here")
+        steps = [int(index) if index else name for name, index in _STEP.findall(word[len(first) :])]
+        return lambda message: _at(message.json(), steps)
+
+
+def _at(value: Any, steps: list[str | int]) -> Any:
+    for step in steps:
+        if isinstance(step, int):
+            value = value[step] if isinstance(value, list) and step < len(value) else _UNDEFINED
+        else:
+            value = value.get(step, _UNDEFINED) if isinstance(value, dict) else _UNDEFINED
+    return value
+
+
+_KINDS = {str: "text", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
 def _kind(value: Any) -> str | None:
-    if value is _UNDEFINED:
-        return None
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, (int, float)):
-        return "number"
-    return {str: "text", type(None): "null"}.get(type(value))
+    return _KINDS.get(type(value))
 
 
-def _all(values: Any) -> bool | None:
-    found = list(values)
-    return False if False in found else None if None in found else True
+def _all(values: Iterable[Any]) -> bool | None:
+    result: bool | None = True
+    for value in values:
+        if value is False:
+            return False
+        if value is None:
+            result = None
+    return result
 
 
-def _any(values: Any) -> bool | None:
-    found = list(values)
-    return True if True in found else None if None in found else False
+def _any(values: Iterable[Any]) -> bool | None:
+    result: bool | None = False
+    for value in values:
+        if value is True:
+            return True
+        if value is None:
+            result = None
+    return result

@@ -48,15 +48,14 @@ class _Route:
 
 @dataclass(frozen=True, slots=True)
 class MessageRoutes:
-    """Of one manifest. `unsupported` are (path, reason) of routes without effect."""
+    """Of one manifest, the most urgent first; `unsupported` are (path, reason)."""
 
     routes: tuple[_Route, ...] = ()
     unsupported: tuple[tuple[str, str], ...] = ()
 
     def upstream(self, message: Message) -> Delivery | None:
         """Of the routes upstream that take `message`, the most urgent; None where none does."""
-        taking = [route.delivery for route in self.routes if route.takes(message)]
-        return min(taking, key=_urgency, default=None)
+        return next((route.delivery for route in self.routes if route.takes(message)), None)
 
 
 def compile_routes(hub: EdgeHub | None) -> MessageRoutes:
@@ -67,6 +66,7 @@ def compile_routes(hub: EdgeHub | None) -> MessageRoutes:
             routes.append(_compiled(route))
         except UnsupportedCondition as error:
             unsupported.append((joined("$edgeHub.routes", route.name), str(error)))
+    routes.sort(key=lambda route: _urgency(route.delivery))
     return MessageRoutes(tuple(routes), tuple(unsupported))
 
 

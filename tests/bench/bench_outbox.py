@@ -1,5 +1,8 @@
-"""Telemetry through the outbox: messages a second stored (each with its commit, and in company) and
-sent. Run: python tests/bench/bench_outbox.py [--messages N] [--folder DIR]"""
+"""Telemetry through the outbox: messages a second stored (each with its commit, in company, and in
+company under twenty routes) and sent.
+
+Run: python tests/bench/bench_outbox.py [--messages N] [--folder DIR]
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,18 @@ import time
 from pathlib import Path
 
 from gatelet.agent.clock import SystemClock
-from gatelet.agent.outbox import Outbox, Telemetry
+from gatelet.agent.edge_hub import EdgeHub, HubRoute
+from gatelet.agent.outbox import Limits, Outbox, Telemetry
+from gatelet.agent.telemetry import Upstream
+
+CONDITION = "n = '{}' OR $body.sensor = 'b'"
+ROUTES = (
+    *(
+        HubRoute(f"r{n}", "/messages/modules/m/*", "$upstream", CONDITION.format(n), n % 10)
+        for n in range(19)
+    ),
+    HubRoute("rest", "/messages/*", "$upstream"),
+)
 
 
 async def measure(folder: Path, messages: int) -> dict[str, float]:
@@ -27,6 +41,11 @@ async def measure(folder: Path, messages: int) -> dict[str, float]:
     alone = time.perf_counter()
     await asyncio.gather(*map(put, range(messages)))
     together = time.perf_counter()
+    upstream = Upstream(outbox, "device", Limits())
+    upstream.configure(EdgeHub("1.2", ROUTES))
+    messages_of = [Telemetry(body, properties={"n": str(n)}) for n in range(messages)]
+    await asyncio.gather(*(upstream.put("m", "o", message) for message in messages_of))
+    routed = time.perf_counter()
     sent = 0
     while (held := outbox.head()) is not None:
         outbox.acknowledge(held.sequence)
@@ -38,7 +57,8 @@ async def measure(folder: Path, messages: int) -> dict[str, float]:
     return {
         "storedAlonePerSecond": round(messages // 10 / (alone - began)),
         "storedTogetherPerSecond": round(messages / (together - alone)),
-        "sentPerSecond": round(sent / (drained - together)),
+        "storedRoutedPerSecond": round(messages / (routed - together)),
+        "sentPerSecond": round(sent / (drained - routed)),
     }
 
 
