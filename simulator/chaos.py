@@ -19,9 +19,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,22 +27,26 @@ from typing import Any
 from ..agent.manifest import ManifestError, parse_manifest
 from ..agent.outbox import Limits, OutboxError, Telemetry
 from .chaos_device import MemoryImages, MemoryScoring, image_digest
+from .chaos_faults import FAULTS, HOUR, kill, restart
+from .chaos_ledger import Ledger
 from .chaos_life import DEVICE, Life, register_tasks
 from .chaos_link import MemoryHubLink, Weather
+from .chaos_manifest import manifest
 from .iothub.devices import ClientId
 from .iothub.hub import Hub
 from .iothub.state import HubState
-from .iothub.telemetry import Message
 from .virtual_time import VirtualClock, run
 
 CLIENT = ClientId(DEVICE, "$edgeAgent")
-HOUR = 3600.0
 FAULT_HOURS, DESIRE_HOURS, TELEMETRY_SECONDS = 6.0, 6.0, 900.0
 """Mean times between events at pace 1."""
 
 SETTLE_HOURS = 6.0
 MODULES = ("digits", "words", "faces", "sounds")
 DISK_LIMIT_BYTES = 48 * 1024 * 1024
+
+
+__all__ = ["CLIENT", "ChaosFailed", "Ledger", "Outcome", "Scenario", "memory_folder", "play"]
 
 
 class ChaosFailed(AssertionError):
@@ -63,42 +65,6 @@ class Outcome:
     peak_disk_bytes: int
 
 
-@dataclass
-class Ledger:
-    """What the device promised to deliver, and what the hub got."""
-
-    note: Callable[[str], None]
-    promised: dict[str, int] = field(default_factory=dict)
-    """Message id -> priority."""
-    received: dict[str, bytes] = field(default_factory=dict)
-    newest: dict[int, int] = field(default_factory=dict)
-    events: set[tuple[str, int]] = field(default_factory=set)
-    duplicates: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def take(self, message: Message) -> None:
-        message_id = message.system["message-id"]
-        digest = hashlib.sha256(message.body).digest()
-        self.note(f"hub got {message_id}")
-        if message_id in self.received:
-            self.duplicates += 1
-            if self.received[message_id] != digest:
-                self.problems.append(f"{message_id} came twice with different bodies")
-            return
-        self.received[message_id] = digest
-        body = json.loads(message.body)
-        if "deployment" in body:
-            self.events.add((body["event"], body["deployment"]["generation"]))
-        priority = int(message.properties.get("priority", -1))
-        sequence = int(message_id.rpartition("-")[2])
-        if sequence < self.newest.get(priority, 0):
-            self.problems.append(f"{message_id} overtook {self.newest[priority]} of its priority")
-        self.newest[priority] = max(sequence, self.newest.get(priority, 0))
-
-    def missing(self) -> list[str]:
-        return [message_id for message_id in self.promised if message_id not in self.received]
-
-
 class Scenario:
     """The world of one run."""
 
@@ -115,7 +81,7 @@ class Scenario:
         self.weather = Weather()
         self.counts: dict[str, int] = {}
         self._trace = hashlib.sha256()
-        self._disk_full = False
+        self.disk_full = False
         self._peak = 0
         self._life: Life | None = None
         self._link: MemoryHubLink | None = None
@@ -180,7 +146,7 @@ class Scenario:
         self.note("started agent")
 
     def _outbox_fault(self, point: str) -> None:
-        if self._disk_full and point == "inserted":
+        if self.disk_full and point == "inserted":
             raise sqlite3.OperationalError("database or disk is full")
 
     async def _produce(self, life: Life, random: Random) -> None:
@@ -220,27 +186,11 @@ class Scenario:
         else:
             names = random.sample(MODULES, random.randint(1, len(MODULES)))
             special = random.choice(names)
-            modules = {
-                name: {
-                    "type": "docker",
-                    "status": "running",
-                    "restartPolicy": "always",
-                    "version": "1.0",
-                    "settings": {
-                        "image": self._image(name, kind if name == special else "good"),
-                        "createOptions": "",
-                    },
-                }
+            images = {
+                name: self._image(name, kind if name == special else "good")
                 for name in sorted(names)
             }
-            whole = {
-                "schemaVersion": "1.1",
-                "runtime": {"type": "docker", "settings": {"minDockerVersion": "v1.25"}},
-                "systemModules": {
-                    "edgeAgent": {"type": "docker", "settings": {"image": "gatelet:1"}}
-                },
-                "modules": modules,
-            }
+            whole = manifest(images)
             self.hub.update_twin(CLIENT, {"properties": {"desired": whole}}, whole=True)
             return
         self.hub.update_twin(CLIENT, change)
@@ -279,7 +229,7 @@ class Scenario:
                 pending.add(task)
                 task.add_done_callback(pending.discard)
                 # Restarts are one at a time; they are short.
-                if fault in (_restart, _kill):
+                if fault in (restart, kill):
                     await task
                 await asyncio.sleep(self.random.expovariate(self.pace / (FAULT_HOURS * HOUR)))
         finally:
@@ -324,7 +274,7 @@ class Scenario:
         self.weather.clear()
         self.scoring.up = self.images.registry_up = True
         self.scoring.errors = self.images.errors = 0.0
-        self._disk_full = False
+        self.disk_full = False
 
     async def _settle(self) -> int:
         """Until nothing is wrong any more; returns the code that is reported then."""
@@ -385,136 +335,11 @@ class Scenario:
 
     def _expected_code(self, desired: dict[str, Any]) -> int:
         try:
-            manifest = parse_manifest(json.dumps(desired).encode())
+            parsed = parse_manifest(json.dumps(desired).encode())
         except ManifestError as error:
             return error.code
-        digests = {image_digest(module.image) for module in manifest.modules}
+        digests = {image_digest(module.image) for module in parsed.modules}
         return 500 if digests & (self.scoring.broken | self.scoring.deadly) else 200
-
-
-# Each fault takes its time and then ends by itself; `calm` ends all.
-
-
-async def _link_down(s: Scenario) -> None:
-    # Minutes to days, evenly over the magnitudes.
-    seconds = 60 * (3 * 24 * 60) ** (s.random.random() ** 1.5)
-    s.weather.up = False
-    s.life.link.cut("the network is down")
-    await asyncio.sleep(seconds)
-    s.weather.up = True
-
-
-async def _link_silent(s: Scenario) -> None:
-    s.weather.silent = True
-    await asyncio.sleep(s.random.uniform(10, 2 * HOUR))
-    s.weather.silent = False
-
-
-async def _link_flaps(s: Scenario) -> None:
-    for _ in range(s.random.randint(2, 20)):
-        s.life.link.cut("flapping")
-        await asyncio.sleep(s.random.uniform(0.1, 30))
-
-
-async def _lossy(s: Scenario) -> None:
-    w = s.weather
-    w.breaks, w.acknowledgement_lost, w.answer_lost = (s.random.uniform(0, 0.2) for _ in range(3))
-    w.latency = s.random.choice((0.05, 1.0, 8.0))
-    await asyncio.sleep(s.random.uniform(60, 6 * HOUR))
-    w.breaks = w.acknowledgement_lost = w.answer_lost = 0.0
-    w.latency = 0.05
-
-
-async def _bad_patches(s: Scenario) -> None:
-    w = s.weather
-    w.patch_lost, w.patch_late, w.patch_twice = (s.random.uniform(0, 0.7) for _ in range(3))
-    for _ in range(s.random.randint(1, 6)):
-        s.desire("changed")
-        await asyncio.sleep(s.random.uniform(0, 60))
-    await asyncio.sleep(s.random.uniform(60, HOUR))
-    w.patch_lost = w.patch_late = w.patch_twice = 0.0
-
-
-async def _throttled(s: Scenario) -> None:
-    s.weather.throttled = s.random.uniform(0.3, 1.0)
-    s.weather.refused = s.random.uniform(0.0, 0.7)
-    await asyncio.sleep(s.random.uniform(60, 2 * HOUR))
-    s.weather.throttled = s.weather.refused = 0.0
-
-
-async def _registry_down(s: Scenario) -> None:
-    s.images.registry_up = False
-    await asyncio.sleep(s.random.uniform(60, 8 * HOUR))
-    s.images.registry_up = True
-
-
-async def _registry_errors(s: Scenario) -> None:
-    s.images.errors = s.random.uniform(0.1, 0.8)
-    await asyncio.sleep(s.random.uniform(60, 4 * HOUR))
-    s.images.errors = 0.0
-
-
-async def _scoring_crash(s: Scenario) -> None:
-    for _ in range(s.random.choice((1, 1, 2))):
-        s.scoring.crash()
-        await asyncio.sleep(s.random.uniform(1, 600))
-
-
-async def _scoring_away(s: Scenario) -> None:
-    s.scoring.crash()
-    s.scoring.up = False
-    await asyncio.sleep(s.random.uniform(1, HOUR))
-    s.scoring.up = True
-
-
-async def _scoring_errors(s: Scenario) -> None:
-    s.scoring.errors = s.random.uniform(0.1, 0.8)
-    await asyncio.sleep(s.random.uniform(60, HOUR))
-    s.scoring.errors = 0.0
-
-
-async def _disk_full(s: Scenario) -> None:
-    s._disk_full = True
-    await asyncio.sleep(s.random.uniform(60, 4 * HOUR))
-    s._disk_full = False
-
-
-async def _wall_clock(s: Scenario) -> None:
-    s.clock.skew = timedelta(days=s.random.uniform(-3650, 3650))
-
-
-async def _restart(s: Scenario) -> None:
-    await s.life.stop()
-    await asyncio.sleep(s.random.uniform(0, 10))
-    s.start_agent()
-
-
-async def _kill(s: Scenario) -> None:
-    for _ in range(s.random.choice((1, 1, 3))):
-        await s.life.kill()
-        await asyncio.sleep(s.random.uniform(0, 10))
-        s.start_agent()
-        await asyncio.sleep(s.random.uniform(0, 100))
-
-
-FAULTS = (
-    _link_down,
-    _link_silent,
-    _link_flaps,
-    _lossy,
-    _bad_patches,
-    _throttled,
-    _registry_down,
-    _registry_errors,
-    _scoring_crash,
-    _scoring_away,
-    _scoring_errors,
-    _disk_full,
-    _wall_clock,
-    _restart,
-    _kill,
-    _kill,
-)
 
 
 def play(seed: int, hours: float, folder: Path, pace: float = 1.0) -> Outcome:

@@ -18,8 +18,9 @@ from .deployment import desired_sections, is_base, layered
 from .devices import ClientId
 from .errors import HubError, invalid
 from .etags import accepts
-from .queries import Expression, parse_condition, parse_query
+from .queries import parse_condition, parse_query
 from .queries_evaluation import matches
+from .queries_tree import Expression
 from .twins import Twin
 
 SCHEMA_VERSION = "2.0"

@@ -11,6 +11,7 @@ from . import configurations, queries, queries_evaluation
 from .configurations import CONFIGURATION_LIMIT, Configuration
 from .devices import ClientId
 from .errors import HubError
+from .queries_tree import Statement
 from .state import HubState
 from .twins import Twin
 
@@ -138,7 +139,7 @@ class Rollout:
         assigned = self._state.assignments.get(client, {})
         return {name: {"status": status} for name, status in assigned.items()}
 
-    def query(self, text: str) -> tuple[queries.Statement, list[dict[str, Any]]]:
+    def query(self, text: str) -> tuple[Statement, list[dict[str, Any]]]:
         """Runs a query over all twins, in the order of their ids. Raises HubError 400."""
         statement = queries.parse_query(text)
         modules = statement.source == "devices.modules"

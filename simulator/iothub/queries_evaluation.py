@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from .queries import (
+from .queries_tree import (
     Aggregate,
     Attribute,
     Call,
