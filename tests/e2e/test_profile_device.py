@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gatelet.simulator.demo.dataset import model_directory
+
+pytestmark = pytest.mark.e2e
 
 
 async def profile(*words: str) -> tuple[int, str, str]:
