@@ -24,7 +24,7 @@ from .package import Package, RtlStream
 from .packing import Bytes
 from .preflight import CLOCK_TOLERANCE, preflight
 from .protocol import FabricSick
-from .transports import Engine, Slot, Workplace, open_engine
+from .transports import Engine, Slot, Workplace, open_engine, require_runtime
 
 _LOG = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class FabricDriver:
     def load(self, package: Package) -> None:
         """Check the package and put it into the fabric once. Raises LoadError or FabricSick."""
         self._settle()
+        require_runtime(package)
         self._limits[package.identity] = preflight(package, self._part, cma_bytes())
         self._activate(package)
 

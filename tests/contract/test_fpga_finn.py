@@ -348,3 +348,22 @@ def test_weights_that_do_not_fit_are_refused(driver: FabricDriver, tmp_path: Pat
         )  # fmt: skip
         with pytest.raises(LoadError, match=words):
             driver.load(package)
+
+
+def test_a_dpu_without_its_runtime_is_refused_before_the_fabric_is_touched(
+    driver: FabricDriver, tmp_path: Path
+) -> None:
+    from gatelet.accelerators.fpga.package import Signature
+    from gatelet.accelerators.fpga.packages import probe
+    from gatelet.accelerators.tensors import TensorSpec
+    from gatelet.simulator.board.container import Container
+    from gatelet.simulator.board.handoff import StreamDesign
+    from gatelet.simulator.board.vendor_packages import write_bitstream
+
+    write_bitstream(tmp_path / "p/dpu.bit", Z2, Container({}), StreamDesign("dpu", Z2, 100.0))
+    (tmp_path / "p/dpu.xclbin").write_bytes(b"x")
+    (tmp_path / "p/net.xmodel").write_bytes(b"x")
+    spec = (TensorSpec("x", "FP32", (-1, 4)),)
+    with pytest.raises(LoadError, match="vart and xir cannot be imported"):
+        driver.load(probe(tmp_path / "p", Signature(spec, spec)))
+    assert driver.counters.reconfigurations == 0

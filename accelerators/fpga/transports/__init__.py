@@ -5,6 +5,7 @@ Written from PG021 and the register maps of FINN, hls4ml and BNN-PYNQ; not tried
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import LoadError
 from ..handoff import Hardware
-from ..package import DmaStream, Package, RtlStream, StartedCores
+from ..package import DmaStream, Package, RtlStream, StartedCores, VartRunner
 from ..protocol import FabricSick
 from .registers import Registers
 
@@ -102,6 +103,18 @@ class Workplace:
                 raise FabricSick(otherwise)
 
 
+def require_runtime(package: Package) -> None:
+    """Raise LoadError when this environment lacks what drives `package`."""
+    if isinstance(package.transport, VartRunner):
+        missing = [name for name in ("vart", "xir") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise LoadError(
+                f"{package.transport.xmodel}: a DPU is driven by Vitis AI's runtime, and "
+                f"{' and '.join(missing)} cannot be imported in the fabric process; install it "
+                "into the board's Python environment"
+            )
+
+
 def open_engine(place: Workplace) -> Engine:
     """The engine for a package's transport. Raises LoadError."""
     from .axi_dma import AxiDmaEngine
@@ -116,4 +129,6 @@ def open_engine(place: Workplace) -> Engine:
         from .rtl_stream import RtlStreamEngine
 
         return RtlStreamEngine(place, transport)
-    raise LoadError(f"{place.package.name}: packages of kind {place.package.kind} are not driven")
+    from .vart_runner import VartEngine
+
+    return VartEngine(place, transport)
