@@ -24,6 +24,8 @@ from .ensemble_backend import EnsembleBackend, steps_of
 from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, State
 from .loading import InstanceOptions, Loaded
+from .remote import Served
+from .remote_loading import LoadedRemote
 from .residency import BudgetedSession
 from .routing import SESSION_HEADER, Route, Target, make_route
 from .statistics import MirrorSnapshot
@@ -60,18 +62,12 @@ class ControlService:
         self._boot_id = str(uuid.uuid4())
         self._loading = threading.Lock()
         self._changing = threading.Lock()
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: dict[str, Loaded | LoadedRemote] = {}
 
     def load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         if not request.instance or len(request.instance) > _MAX_NAME:
             _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "instance must be named")
-        directory = Path(request.directory)
-        if not directory.is_absolute():
-            _refuse(
-                context,
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"directory {request.directory!r} must be an absolute path",
-            )
+        directory = _source(request, context)
         options = InstanceOptions(
             backends=tuple(dict.fromkeys(request.options.backends)),
             threads=request.options.threads,
@@ -98,10 +94,18 @@ class ControlService:
             return pb.LoadResponse(status=_status(loaded))
 
     def _open(
-        self, name: str, directory: Path, options: InstanceOptions, context: grpc.ServicerContext
-    ) -> Loaded:
+        self,
+        name: str,
+        directory: Path | Served,
+        options: InstanceOptions,
+        context: grpc.ServicerContext,
+    ) -> Loaded | LoadedRemote:
+        loaded: Loaded | LoadedRemote
         try:
-            loaded = Loaded(directory, options, self._backends, name)
+            if isinstance(directory, Served):
+                loaded = LoadedRemote(directory, options, name)
+            else:
+                loaded = Loaded(directory, options, self._backends, name)
         except InstanceRefused as error:
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except InstanceUnavailable as error:
@@ -209,7 +213,7 @@ class ControlService:
         self._close(loaded, request.drain_ms / 1000 or _DEFAULT_DRAIN_SECONDS)
         return pb.UnloadResponse()
 
-    def _close(self, loaded: Loaded, drain: float) -> None:
+    def _close(self, loaded: Loaded | LoadedRemote, drain: float) -> None:
         if loaded.instance.close(drain):
             log.info("unloaded %s", loaded.instance.name)
         else:
@@ -250,7 +254,7 @@ class ControlService:
         for one in loaded:
             one.instance.close(0.0)
 
-    def _find(self, name: str, context: grpc.ServicerContext) -> Loaded:
+    def _find(self, name: str, context: grpc.ServicerContext) -> Loaded | LoadedRemote:
         loaded = self._loaded.get(name)
         if loaded is None:
             _refuse(
@@ -261,11 +265,26 @@ class ControlService:
         return loaded
 
 
+def _source(request: pb.LoadRequest, context: grpc.ServicerContext) -> Path | Served:
+    """The model's directory, or where a container serves it."""
+    if bool(request.directory) == bool(request.socket):
+        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "give either a directory or a socket")
+    path = Path(request.socket or request.directory)
+    if not path.is_absolute():
+        kind = "socket" if request.socket else "directory"
+        _refuse(
+            context,
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"{kind} {str(path)!r} must be an absolute path",
+        )
+    return Served(path, request.model) if request.socket else path
+
+
 def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
     context.abort(code, message)
 
 
-def _status(loaded: Loaded) -> pb.InstanceStatus:
+def _status(loaded: Loaded | LoadedRemote) -> pb.InstanceStatus:
     instance = loaded.instance
     return pb.InstanceStatus(
         instance=instance.name,
