@@ -16,6 +16,7 @@ from ..agent.cli.command import CommandError, add_json_option, print_json
 from .board.boards import BOARDS
 from .iothub.state import StateUnreadable
 from .mqtt.store import StoreUnreadable
+from .pki import PkiUnreadable
 from .site import BOARD_DEVICE, Site
 from .site_config import (
     BROKER,
@@ -167,7 +168,7 @@ async def _serve(arguments: argparse.Namespace, settings: SiteSettings) -> int:
     try:
         site = Site(settings)
         await site.start()
-    except (OSError, StateUnreadable, StoreUnreadable) as error:
+    except (OSError, PkiUnreadable, StateUnreadable, StoreUnreadable) as error:
         raise CommandError(f"cannot start the site in {settings.folder}: {error}") from error
     try:
         if arguments.json:

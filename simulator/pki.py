@@ -51,10 +51,15 @@ class CertificateFiles:
         return self.leaf.fingerprint(hashes.SHA256()).hex().upper()
 
 
+class PkiUnreadable(Exception):
+    """The folder's authority is not one of ours; the message says what to do."""
+
+
 class Pki:
     """Issues what a site needs, once; a second run over the same folder reuses the files.
 
-    Several processes may share the folder. Raises OSError when it cannot be written.
+    Several processes may share the folder. Raises OSError when it cannot be written, and
+    PkiUnreadable.
     """
 
     def __init__(self, folder: Path, clock: Clock | None = None) -> None:
@@ -130,7 +135,7 @@ class Pki:
         way = "self" if self_signed else "site" if issuer is None else issuer.certificate.stem
         files = self._files(f"device.{common_name}.{way}.{version}", passphrase)
         with self._locked():
-            if not files.certificate.exists():
+            if not self._is_device(files, way):
                 signer = None if self_signed else self._issuer(issuer)
                 self._issue(files, common_name, signer, lifetime, False)
         return files
@@ -138,8 +143,14 @@ class Pki:
     def _authority(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         key_file = self._folder / "ca.key.pem"
         if self.ca_file.exists() and key_file.exists():
-            certificate = x509.load_pem_x509_certificate(self.ca_file.read_bytes())
-            key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
+            try:
+                certificate = x509.load_pem_x509_certificate(self.ca_file.read_bytes())
+                key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
+            except (ValueError, TypeError) as error:
+                raise PkiUnreadable(
+                    f"{self.ca_file} or {key_file} is damaged ({error}): move {self._folder} away "
+                    "to begin anew; clients then have to trust the new authority"
+                ) from error
             if isinstance(key, ec.EllipticCurvePrivateKey) and self._fresh(certificate):
                 return certificate, key
         key = ec.generate_private_key(ec.SECP256R1())
@@ -264,12 +275,24 @@ class Pki:
     def _covers(self, files: CertificateFiles, names: Sequence[str]) -> bool:
         if not files.certificate.exists() or not files.key.exists():
             return False
-        certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
-        san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        try:
+            certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
+            san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (ValueError, x509.ExtensionNotFound):
+            return False
         issued_here = certificate.issuer == self._ca_certificate.subject and _signed_by(
             certificate, self._ca_key
         )
         return issued_here and self._fresh(certificate) and {*map(_general_name, names)} <= {*san}
+
+    def _is_device(self, files: CertificateFiles, way: str) -> bool:
+        """Whether it was issued, and by the authority of today."""
+        if not files.certificate.exists() or not files.key.exists():
+            return False
+        try:
+            return way != "site" or _signed_by(files.leaf, self._ca_key)
+        except (ValueError, x509.ExtensionNotFound):
+            return False
 
     def _fresh(self, certificate: x509.Certificate) -> bool:
         return self._clock.now() + _RENEW_BEFORE < certificate.not_valid_after_utc

@@ -18,6 +18,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -41,9 +43,20 @@ class SiteFixture:
     def __init__(self, loop: BackgroundLoop, site: Site) -> None:
         self.site = site
         self.about: dict[str, Any] = loop.call(site.describe)
-        self.iot_hub = HubFixture(loop, site)
-        self.mqtt_broker = BrokerFixture(loop, site)
-        self.oci_registry = RegistryFixture(loop, site)
+        self._loop = loop
+
+    @cached_property
+    def iot_hub(self) -> HubFixture:
+        """Raises RuntimeError for a site without this part; so do the others."""
+        return HubFixture(self._loop, self.site)
+
+    @cached_property
+    def mqtt_broker(self) -> BrokerFixture:
+        return BrokerFixture(self._loop, self.site)
+
+    @cached_property
+    def oci_registry(self) -> RegistryFixture:
+        return RegistryFixture(self._loop, self.site)
 
     @property
     def control_url(self) -> str:
@@ -292,6 +305,17 @@ class BrokerFixture:
     def resume(self) -> None:
         self._loop.run(self._site.broker.resume())
 
+    @contextmanager
+    def for_a_test(self) -> Iterator[BrokerFixture]:
+        """What it retains meanwhile is gone afterwards, and it is reachable again."""
+        before = self.retained
+        try:
+            yield self
+        finally:
+            self.resume()
+            for topic in self.retained.keys() - before.keys():
+                self.publish(topic, b"", retain=True)
+
 
 class RegistryFixture:
     """The OCI registry: `address` is HOST:PORT as in image names; plain HTTP."""
@@ -344,9 +368,9 @@ def iot_hub(gatelet_site: SiteFixture) -> Iterator[HubFixture]:
 
 @pytest.fixture
 def mqtt_broker(gatelet_site: SiteFixture) -> Iterator[BrokerFixture]:
-    """The MQTT broker; reachable again once the test ends."""
-    yield gatelet_site.mqtt_broker
-    gatelet_site.mqtt_broker.resume()
+    """The MQTT broker; once the test ends, reachable again and without what it retained."""
+    with gatelet_site.mqtt_broker.for_a_test() as broker:
+        yield broker
 
 
 @pytest.fixture

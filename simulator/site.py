@@ -7,6 +7,7 @@ by side. The site also writes an `agent.toml` with which `gatelet run` becomes a
 from __future__ import annotations
 
 import secrets
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,9 @@ class Site:
     """Start and stop everything together. What `settings.parts` leaves out is not there."""
 
     def __init__(self, settings: SiteSettings) -> None:
-        """Raises OSError, and StateUnreadable for a folder that holds something else."""
+        """Raises OSError, and StateUnreadable or PkiUnreadable for a folder that holds something
+        else.
+        """
         folder, parts, ports = settings.folder, settings.parts, settings.ports
         folder.mkdir(parents=True, exist_ok=True)
         self._settings = settings
@@ -130,12 +133,13 @@ class Site:
             raise
 
     async def stop(self) -> None:
-        await self.control.stop()
-        await self.proxy.stop()
+        """Everything, also when a part of it cannot be stopped; then what that raised."""
         broker = None if self._broker is None else self._broker.server
-        for part in (self._registry, broker, self._provisioning, self._edge, self._hub):
-            if part is not None:
-                await part.stop()
+        parts = (self._hub, self._edge, self._provisioning, broker, self._registry)
+        async with AsyncExitStack() as stack:
+            for part in (*parts, self.proxy, self.control):
+                if part is not None:
+                    stack.push_async_callback(part.stop)
 
     def _furnish(self, hub: IotHub) -> None:
         """What a device was given before, and its keys, stay."""

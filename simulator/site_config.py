@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ NO_BOARD = "none"
 TOPICS = "gatelet/v1"
 """Topics of a device begin with this and its id, as an agent's do by default."""
 _PORTS = range(65536)
+_HOST_NAME = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9.\-]*[A-Za-z0-9])?\Z", re.ASCII)
 _COMMON_NAME_LIMIT = 64
 
 
@@ -149,6 +151,10 @@ def check(settings: SiteSettings) -> None:
         )
     if not settings.parts or settings.parts - EVERYTHING:
         raise SiteConfigError(f"parts are some of {', '.join(sorted(EVERYTHING))}")
+    if not _HOST_NAME.match(settings.host_name):
+        raise SiteConfigError(
+            f"host-name is a DNS name of up to 63 characters, not {settings.host_name!r}"
+        )
     for name, port in msgspec.structs.asdict(settings.ports).items():
         if port not in _PORTS:
             raise SiteConfigError(f"ports.{name} is a port number, not {port}")

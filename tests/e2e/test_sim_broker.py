@@ -257,6 +257,9 @@ def test_a_module_from_the_edge_environment(tmp_path: Path) -> None:
         ("[[broker.grants]]\npublish = true", "topic"),
         ("[ports]\nbroker-websockets = -1", "ports.broker_websockets"),
         ("edge-modules = ['a b']", "a b"),
+        ("host-name = 'hüb.test'", "host-name"),
+        ("host-name = ''", "host-name"),
+        ("[faults]\nrefuse-connects = inf", "refuse_connects"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, text: str, why: str) -> None:
@@ -281,6 +284,7 @@ def test_an_empty_access_list_grants_nothing_but_the_devices_own(tmp_path: Path)
         (("broker", "--port", "70000"), 2, "port number"),
         (("broker", "--dir", "bad", "--persist"), 1, "move the file away"),
         (("hub", "--dir", "bad"), 1, "move it away"),
+        (("broker", "--dir", "damaged"), 1, "pki away"),
         (("hub", "--dir", "x" * 108, "--edge-module", "m"), 1, "shorter folder"),
         (("hub", "--edge-module", "a b"), 2, "a b"),
     ],
@@ -292,6 +296,10 @@ def test_what_cannot_start_says_why(
         file = tmp_path / "bad" / name
         file.parent.mkdir(parents=True)
         file.write_bytes(b"not ours" * 100)
+    for name in ("ca.pem", "ca.key.pem"):
+        file = tmp_path / "damaged" / "pki" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("-----BEGIN NOTHING-----")
     done = subprocess.run(
         [*GATELET, "sim", *words],
         cwd=tmp_path,
@@ -309,6 +317,21 @@ def test_different_names_get_different_files(tmp_path: Path) -> None:
     names = ("a/b", "a_b", "a:b", "a b", "é")
     files = [pki.device(name) for name in names]
     assert [one.leaf.subject.rfc4514_string() for one in files] == [f"CN={n}" for n in names]
+
+
+def test_certificates_follow_their_authority(tmp_path: Path) -> None:
+    first = Pki(tmp_path)
+    before = first.device("a").leaf
+    server = first.server(["x.test"])
+    assert Pki(tmp_path).device("a").leaf == before
+    server.certificate.write_text("damaged")
+    assert Pki(tmp_path).server(["x.test"]).leaf
+    (tmp_path / "ca.key.pem").unlink()
+    second = Pki(tmp_path)
+    assert second.device("a").leaf != before
+    assert second.device("a").leaf == second.device("a").leaf
+    first.device("b", self_signed=True).certificate.unlink()
+    assert second.device("b", self_signed=True).leaf
 
 
 @needs_mosquitto

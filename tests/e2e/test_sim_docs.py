@@ -76,8 +76,8 @@ def test_first(iot_hub, mqtt_broker, oci_registry, gatelet_site):
     with pytest.raises(TimeoutError, match="not connected"):
         iot_hub.device("camera").wait_until(lambda device: device.connected, timeout=0.05)
     iot_hub.pause()
+    mqtt_broker.publish("left/behind", b"x", retain=True)
     mqtt_broker.pause()
-    mqtt_broker.resume()
     oci_registry.fail_next(1)
     assert gatelet_site.control_url.startswith("http://127.0.0.1:")
 
@@ -88,6 +88,9 @@ def test_second(iot_hub):
     assert not iot_hub.on_hub(lambda hub: list(hub.core.rollout))
     assert not iot_hub.on_hub(lambda hub: hub.paused)
 
+def test_broker(mqtt_broker):
+    assert mqtt_broker.retained == {}
+
 async def work(iot_hub):
     return iot_hub.new_device(tags={"site": "n"}).reported
 
@@ -97,6 +100,32 @@ def test_within_an_event_loop(iot_hub):
 """
     )
     done = run_pytest(tmp_path, "-p", "no:randomly")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_site_of_one_part(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        """
+import pytest
+from gatelet.simulator.site_config import BROKER, SiteSettings
+
+@pytest.fixture(scope="session")
+def gatelet_site_settings(tmp_path_factory):
+    return SiteSettings(tmp_path_factory.mktemp("mine"), parts=frozenset({BROKER}))
+"""
+    )
+    (tmp_path / "test_it.py").write_text(
+        """
+import pytest
+
+def test_broker(mqtt_broker, gatelet_site):
+    mqtt_broker.publish("a", b"x", retain=True)
+    assert mqtt_broker.retained == {"a": b"x"}
+    with pytest.raises(RuntimeError, match="without its hub"):
+        gatelet_site.iot_hub
+"""
+    )
+    done = run_pytest(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
