@@ -193,8 +193,8 @@ class DeploymentConfig(_Section, frozen=True):
     Under probation a container fails it that ended by itself `exits` times, or was not healthy
     `healthy_deadline_seconds` after it was made. `update_mode` counts where the manifest's
     edgeAgent has no ModuleUpdateMode; a start group waits at most `startup_wait_seconds` for the
-    earlier ones, 0 for not at all. A container is restarted base * 2^n seconds after its end, up to cap, at most
-    `restart_limit` times; it counts anew after `restart_reset_seconds` of running.
+    earlier ones, 0 for not at all. A container is restarted base * 2^n seconds after its end, up
+    to cap, at most `restart_limit` times; it counts anew after `restart_reset_seconds` of running.
 
     A manifest by reference comes over HTTPS, whose authority `manifest_ca_file` (PEM) may name;
     over plain HTTP only from this machine and from the HOST[:PORT] in `manifest_http_hosts`.
