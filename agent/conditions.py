@@ -148,6 +148,14 @@ def _details(
             "dropped": mirror.dropped,
             "largestDifference": mirror.largest_difference,
         }
+    if loaded is not None and loaded.memory is not None:
+        memory = loaded.memory
+        details["memory"] = {
+            "resident": memory.resident,
+            "bytes": memory.bytes,
+            "loads": memory.loads,
+            "evictions": memory.evictions,
+        }
     if module.name in snapshot.canaries:
         details["canary"] = snapshot.canaries[module.name].document()
     if module.options.unsupported and module.kind != "container":

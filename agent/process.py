@@ -464,7 +464,8 @@ def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
 def _module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
     details = dict(condition.details)
     # Counters would make every report differ from the one before: they are metrics, not state.
-    details.pop("mirror", None)
+    for counters in ("mirror", "memory"):
+        details.pop(counters, None)
     if "backends" in details:
         details["backends"] = {
             name: {key: value for key, value in backend.items() if key in ("healthy", "detail")}

@@ -14,7 +14,7 @@ from ..protos.services import AsyncScoringStub
 from .canary import Counts
 from .plan import InstanceView, Route, Target
 from .scoring_env import ScoringOptions
-from .steps import BackendView, LoadedModel, MirrorView, ScoringView, StepFailed
+from .steps import BackendView, LoadedModel, MemoryView, MirrorView, ScoringView, StepFailed
 
 STATUS_SECONDS = 5.0
 LOAD_SECONDS = 300.0
@@ -156,7 +156,15 @@ def _model(status: pb.InstanceStatus) -> LoadedModel:
         tuple(status.notes),
         Counts(status.counts.successes, status.counts.failures, status.counts.success_ns),
         _mirrored(status),
+        _memory(status),
     )
+
+
+def _memory(status: pb.InstanceStatus) -> MemoryView | None:
+    if not status.HasField("memory"):
+        return None
+    memory = status.memory
+    return MemoryView(memory.resident, memory.bytes, memory.loads, memory.evictions)
 
 
 def _mirrored(status: pb.InstanceStatus) -> MirrorView | None:

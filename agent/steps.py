@@ -79,6 +79,16 @@ class MirrorView:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryView:
+    """A model under the memory budget. `loads` on demand, `evictions` for others."""
+
+    resident: bool
+    bytes: int
+    loads: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What the scoring process says of one instance; `counts` since it was loaded."""
 
@@ -89,6 +99,7 @@ class LoadedModel:
     notes: tuple[str, ...]
     counts: Counts = field(default_factory=Counts)
     mirror: MirrorView | None = None
+    memory: MemoryView | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from .instances import Instance, State
 from .loading import InstanceOptions, Loaded
 from .remote import Served
 from .remote_loading import LoadedRemote
-from .residency import BudgetedSession
+from .residency import memory_of
 from .routing import SESSION_HEADER, Route, Target, make_route
 from .statistics import MirrorSnapshot
 
@@ -311,15 +311,14 @@ def _status(loaded: Loaded | LoadedRemote) -> pb.InstanceStatus:
 
 
 def _memory(instance: Instance) -> pb.MemoryStatus | None:
-    sessions = [member.session for member in instance.members]
-    reports = [one.memory() for one in sessions if isinstance(one, BudgetedSession)]
-    if not reports:
+    report = memory_of(instance)
+    if report is None:
         return None
     return pb.MemoryStatus(
-        resident=all(report.resident for report in reports),
-        bytes=sum(report.bytes for report in reports),
-        loads=sum(report.loads for report in reports),
-        evictions=sum(report.evictions for report in reports),
+        resident=report.resident,
+        bytes=report.bytes,
+        loads=report.loads,
+        evictions=report.evictions,
     )
 
 

@@ -16,6 +16,7 @@ from .dataplane import DataPlane
 from .errors import ScoringError
 from .http_types import HttpRequest, HttpResponse, Refusal, as_refusal, error_response
 from .instances import Instance
+from .residency import memory_of
 from .statistics import MirrorSnapshot, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -94,6 +95,7 @@ def model_metrics(plane: DataPlane) -> list[Family]:
     )
     batches = Family("gatelet_batch_size", "histogram", "Items that a run of the model carried")
     backends = _backend_families()
+    memory = _memory_families()
     mirrored = Family("gatelet_mirrored_requests_total", "counter", "Copies of requests, by result")
     for labels, instance in _labelled(plane):
         snapshot = instance.statistics.snapshot()
@@ -115,6 +117,7 @@ def model_metrics(plane: DataPlane) -> list[Family]:
         pending.add(instance.pending, labels)
         _add_histogram(batches, labels, snapshot)
         _add_backends(backends, labels, instance)
+        _add_memory(memory, labels, instance)
         copies = instance.mirrored.snapshot()
         if copies != MirrorSnapshot():
             agreed = copies.compared - copies.differing
@@ -126,7 +129,7 @@ def model_metrics(plane: DataPlane) -> list[Family]:
             ):
                 mirrored.add(number, (*labels, ("result", result)))
     measured = [success, failure, count, executions, *durations.values(), pending, batches]
-    return [*measured, *backends.values(), mirrored]
+    return [*measured, *backends.values(), *memory.values(), mirrored]
 
 
 def _add_histogram(family: Family, labels: Labels, snapshot: Snapshot) -> None:
@@ -164,6 +167,25 @@ def _add_backends(families: Mapping[str, Family], labels: Labels, instance: Inst
         families["requests"].add(report.requests, own)
         families["failures"].add(report.failures, own)
         families["fallbacks"].add(report.fallbacks, own)
+
+
+def _memory_families() -> dict[str, Family]:
+    """Of models that share a memory budget."""
+    return {
+        "bytes": Family("gatelet_model_memory_bytes", "gauge", "Memory of the model, 0 when out"),
+        "loads": Family("gatelet_model_loads_total", "counter", "Times it was loaded on demand"),
+        "evictions": Family(
+            "gatelet_model_evictions_total", "counter", "Times it left memory for another"
+        ),
+    }
+
+
+def _add_memory(families: Mapping[str, Family], labels: Labels, instance: Instance) -> None:
+    report = memory_of(instance)
+    if report is not None:
+        families["bytes"].add(report.bytes, labels)
+        families["loads"].add(report.loads, labels)
+        families["evictions"].add(report.evictions, labels)
 
 
 def process_metrics() -> list[Family]:

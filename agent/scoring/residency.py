@@ -20,6 +20,7 @@ from typing import Protocol
 from ...accelerators.backend import Backend, LoadOptions, Session, Variant, WithOptionalInputs
 from ...accelerators.errors import BackendUnavailable, DeadlineExceeded, LoadError
 from ...accelerators.tensors import Array, TensorSpec
+from .instances import Instance
 
 log = logging.getLogger(__name__)
 
@@ -332,6 +333,20 @@ class BudgetedSession:
         if session is not None:
             session.close()
         self._residency.forget(self)
+
+
+def memory_of(instance: Instance) -> MemoryReport | None:
+    """Of all backends of an instance together; None where no budget limits them."""
+    sessions = [member.session for member in instance.members]
+    reports = [one.memory() for one in sessions if isinstance(one, BudgetedSession)]
+    if not reports:
+        return None
+    return MemoryReport(
+        resident=all(report.resident for report in reports),
+        bytes=sum(report.bytes for report in reports),
+        loads=sum(report.loads for report in reports),
+        evictions=sum(report.evictions for report in reports),
+    )
 
 
 def _give_back() -> None:

@@ -15,6 +15,7 @@ from gatelet.accelerators.cpu import CpuBackend
 from gatelet.accelerators.errors import BackendUnavailable, DeadlineExceeded, LoadError
 from gatelet.accelerators.tensors import Array, TensorSpec
 from gatelet.agent.scoring.client import ScoringClient
+from gatelet.agent.scoring.prometheus import model_metrics, render
 from gatelet.agent.scoring.residency import (
     BudgetedBackend,
     BudgetedSession,
@@ -211,6 +212,9 @@ def test_all_endpoints_answer_within_the_budget(site: Site) -> None:
     status = {one.instance: one.memory for one in site.status().instances}
     assert sum(memory.resident for memory in status.values()) == 1
     assert all(memory.loads >= 2 and memory.evictions >= 2 for memory in status.values())
+    assert site.plane is not None
+    text = render(model_metrics(site.plane)).decode()
+    assert 'gatelet_model_evictions_total{model="1",version="1"} ' in text
 
 
 def test_triton_clients_load_and_unload_within_the_deployment(site: Site) -> None:
