@@ -126,7 +126,7 @@ def parse_manifest(body: bytes) -> Manifest:
     for spec in modules:
         probation_seconds(spec)
     edge_hub, module_twins = _other_sections(outer)
-    return Manifest(
+    manifest = Manifest(
         schema_version=schema_version,
         runtime=runtime,
         system_modules=system_modules,
@@ -136,6 +136,8 @@ def parse_manifest(body: bytes) -> Manifest:
         module_twins=module_twins,
         ignored=tuple(ignored),
     )
+    module_update_mode(manifest)
+    return manifest
 
 
 def _unwrap(node: Node, ignored: list[tuple[str, str]]) -> tuple[Node, Node | None]:

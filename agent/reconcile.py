@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_SECONDS = 0.5
 IDLE_POLL_SECONDS = 2.0
+KEPT_WANTED = 8
 ROLLBACK = "rollback"
 """The source of a deployment that was made of an earlier one."""
 
@@ -143,6 +144,7 @@ class Reconciler:
         self._progress: dict[str, Progress] = {}
         self._probation: Probation | None = None
         self._manifests: dict[int, Manifest] = {}
+        self._wanteds: dict[object, tuple[Manifest, Wanted]] = {}
         self._done_at: dict[Step, float] = {}
         self._exposed = 0  # the newest generation of which a model was loaded
         self._maker = maker
@@ -480,14 +482,27 @@ class Reconciler:
         )
 
     def _wanted_of(self, generation: int, manifest: Manifest, pins: Mapping[str, Pin]) -> Wanted:
-        return wanted_modules(
+        reloads = self._restarts.reloads()
+        key = (
             generation,
-            manifest,
-            pins,
-            self._maker,
-            update_mode=self._settings.update_mode,
-            reloads=self._restarts.reloads(),
+            tuple(sorted((m, pin.digest, pin.kind) for m, pin in pins.items())),
+            tuple(sorted(reloads.items())),
         )
+        known = self._wanteds.get(key)
+        # A preview's manifest has no generation of its own.
+        if known is None or known[0] is not manifest:
+            if len(self._wanteds) >= KEPT_WANTED:
+                self._wanteds.clear()
+            wanted = wanted_modules(
+                generation,
+                manifest,
+                pins,
+                self._maker,
+                update_mode=self._settings.update_mode,
+                reloads=reloads,
+            )
+            known = self._wanteds[key] = (manifest, wanted)
+        return known[1]
 
     def _manifest(self, deployment: Deployment) -> Manifest:
         # Only manifests that parsed are stored, and a generation's body never changes.

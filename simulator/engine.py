@@ -332,13 +332,16 @@ class SimulatedEngine:
         well_from = float(environment.get("HEALTHY_AFTER_MS", "0"))
         # A timer may come a little early by the rounding of its sum.
         well = not container.sick and well_from <= age + 0.001 and age + 0.001 < sick_after
-        status = "healthy" if well else "unhealthy"
         health = container.state["Health"]
+        grace = float(container.health_check.get("StartPeriod") or 0) / 1e6
+        # What fails in the start period does not count until the first success.
+        begins = health["Status"] == "starting" and age + 0.001 < grace
+        status = "healthy" if well else "starting" if begins else "unhealthy"
         if health["Status"] != status:
             health["Status"] = status
             health["Log"] = [{"ExitCode": 0 if well else 1, "Output": "well" if well else "sick"}]
             self._notify()
-        coming = [at - age for at in (well_from, sick_after) if at - age > 0.001]
+        coming = [at - age for at in (well_from, sick_after, grace) if at - age > 0.001]
         if coming and min(coming) != float("inf"):
             self._later(container, min(coming) / 1000, lambda: self._check_health(container))
 

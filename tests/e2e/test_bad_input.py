@@ -241,11 +241,11 @@ async def test_an_overlay_for_another_board_is_refused_without_a_cpu_variant(
     await assert_still_serving(shared_device)
 
 
-async def test_an_image_without_a_model_is_named_as_such(
+async def test_an_ordinary_image_needs_a_container_engine(
     shared_device: Any, make_deployment: Deployment
 ) -> None:
     await good_deployment(shared_device, make_deployment)
     image = await shared_device.push_without_model()
     version = shared_device.desire(make_deployment(image=image))
-    await failing(shared_device, version, r"io\.gatelet\.model")
+    await failing(shared_device, version, r"no container engine")
     await assert_still_serving(shared_device)

@@ -1,0 +1,541 @@
+"""Container modules under the real control loop: engine simulated, time virtual."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+from container_world import HEALTHCHECK, Device, manifest, play
+from gatelet.agent.conditions import conditions
+from gatelet.agent.runtime.container import RuntimeFailed
+
+V1, V2 = "r.io/app:1", "r.io/app:2"
+
+
+def publish(device: Device, *names: str, **config: object) -> None:
+    for name in names:
+        device.engine.publish(name, config=config or None, layers=((name, 1000),))
+
+
+def status(device: Device, module: str) -> tuple[str, str]:
+    (found,) = [c for c in conditions(device.snapshot, {}) if c.module == module]
+    return found.status, found.description
+
+
+def test_a_container_is_pulled_made_started_and_becomes_good_after_its_probation() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        began = device.clock.monotonic()
+        await device.good(manifest(aa=V1))
+        assert device.containers() == {"aa": f"{V1} running"}
+        assert status(device, "aa") == ("running", "running")
+        assert 30 <= device.clock.monotonic() - began < 40
+
+    play(scenario)
+
+
+def test_a_module_may_have_its_own_probation() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        began = device.clock.monotonic()
+        await device.good(manifest(aa={"image": V1, "env": {"GATELET_PROBATION_SECONDS": "300"}}))
+        assert device.clock.monotonic() - began > 300
+        began = device.clock.monotonic()
+        await device.good(manifest(aa={"image": V1, "env": {"GATELET_PROBATION_SECONDS": "0"}}))
+        assert device.clock.monotonic() - began < 25
+
+    play(scenario)
+
+
+def test_an_update_pulls_before_it_stops() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        device.engine.faults.pull_seconds = 1000
+        device.reconciler.submit("local", 0, manifest(aa=V2), always=True)
+        await device.until(lambda: bool(device.snapshot.progress))
+        await asyncio.sleep(900)
+        assert device.containers() == {"aa": f"{V1} running"}
+        await device.until(lambda: device.containers() == {"aa": f"{V2} running"})
+        await device.until(lambda: device.phase() == "good")
+
+    play(scenario)
+
+
+def test_what_did_not_change_goes_on_untouched() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1, bb=V1))
+        before = device.ids()
+        await device.good(manifest(aa=V2, bb=V1))
+        assert device.ids()["bb"] == before["bb"]
+        assert device.ids()["aa"] != before["aa"]
+        await device.good(manifest(bb={"image": V1, "startupOrder": 3, "restartPolicy": "never"}))
+        assert device.ids() == {"bb": before["bb"]}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"EXIT_AFTER_MS": "500", "EXIT_CODE": "7"}, "ended by itself 3 times.*exit code 7"),
+        ({"SICK_AFTER_MS": "2000"}, "health check failed"),
+        ({"HEALTHY_AFTER_MS": "900000"}, "health"),
+    ],
+)
+def test_what_does_not_stay_well_is_rolled_back(env: dict[str, str], reason: str) -> None:
+    import re
+
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2, Healthcheck={**HEALTHCHECK, "StartPeriod": 1_000_000_000})
+        await device.good(manifest(aa=V1, bb=V1))
+        before = device.ids()
+        said = await device.failed(manifest(aa={"image": V2, "env": env}, bb=V1))
+        assert re.search(f"aa: .*{reason}", said), said
+        assert device.containers() == {"aa": f"{V1} running", "bb": f"{V1} running"}
+        assert device.ids()["bb"] == before["bb"]
+        ids = device.ids()
+        await asyncio.sleep(24 * 3600)
+        assert device.ids() == ids, "it flaps"
+        assert device.phase() == "failed"
+
+    play(scenario)
+
+
+def test_without_anything_good_to_return_to_the_healthy_modules_go_on() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        crash = {"image": V1, "env": {"EXIT_AFTER_MS": "100"}}
+        await_failed = device.reconciler.submit("local", 0, manifest(aa=V1, bad=crash))
+        assert await_failed.code == 200
+        await device.until(lambda: device.phase() == "failed")
+        await asyncio.sleep(3 * 3600)
+        assert device.containers()["aa"] == f"{V1} running"
+        assert status(device, "bad")[0] == "failed"
+        assert "20 restarts" in status(device, "bad")[1]
+
+    play(scenario)
+
+
+def test_restarts_have_edge_agents_numbers() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        starts: list[float] = []
+        seen = ""
+
+        async def follow() -> None:
+            nonlocal seen
+            while True:
+                container = device.engine._named("aa")
+                at = container.state["StartedAt"]
+                if at != seen:
+                    seen = at
+                    starts.append(device.clock.monotonic())
+                    await asyncio.sleep(0.2)
+                    device.engine.signal("aa", "SIGKILL")
+                await asyncio.sleep(0.25)
+
+        task = asyncio.ensure_future(follow())
+        await device.until(lambda: status(device, "aa")[0] == "failed", 24 * 3600)
+        waits = [later - earlier for earlier, later in pairwise(starts)]
+        expected = [min(10 * 2**n, 300) for n in range(20)]
+        assert len(waits) == 20
+        for wait, least in zip(waits, expected, strict=True):
+            assert least <= wait <= least + 6, (wait, least)
+        await asyncio.sleep(3600)
+        assert len(starts) == 21
+        assert device.phase() == "good"
+        task.cancel()
+        # A restart that is asked for gives it another chance.
+        assert device.reconciler.restart("aa").code == 200
+        await device.until(lambda: status(device, "aa")[0] == "running")
+
+    play(scenario)
+
+
+def test_counts_begin_again_after_ten_minutes() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        for _ in range(3):
+            device.engine.signal("aa", "SIGKILL")
+            await device.until(lambda: status(device, "aa")[0] == "backoff")
+            took = await device.until(lambda: status(device, "aa")[0] == "running")
+            assert took < 20
+            await asyncio.sleep(700)
+        assert device.store.restarts()["aa"].count == 0
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "again"),
+    [
+        ("never", 0, False),
+        ("never", 1, False),
+        ("on-failure", 0, False),
+        ("on-failure", 1, True),
+        ("on-unhealthy", 0, False),
+        ("on-unhealthy", 1, True),
+        ("always", 0, True),
+        ("always", 1, True),
+    ],
+)
+def test_the_restart_policy_decides(policy: str, code: int, again: bool) -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        env = {"EXIT_AFTER_MS": "200000", "EXIT_CODE": str(code)}
+        await device.good(manifest(aa={"image": V1, "restartPolicy": policy, "env": env}))
+        await device.until(lambda: "exited" in device.containers()["aa"])
+        await asyncio.sleep(100)
+        assert ("running" in device.containers()["aa"]) is again
+        if not again:
+            assert status(device, "aa")[0] == ("failed" if code else "stopped")
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("policy", ["never", "on-failure", "on-unhealthy", "always"])
+def test_an_unhealthy_container_is_restarted_by_on_unhealthy_and_always(policy: str) -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, Healthcheck=HEALTHCHECK)
+        await device.good(manifest(aa={"image": V1, "restartPolicy": policy}))
+        device.engine.signal("aa", "SIGUSR1")
+        await device.until(lambda: status(device, "aa")[0] == "unhealthy")
+        started = device.engine._named("aa").state["StartedAt"]
+        await asyncio.sleep(60)
+        again = device.engine._named("aa").state["StartedAt"] != started
+        assert again is (policy in ("on-unhealthy", "always"))
+        if again:
+            device.engine.signal("aa", "SIGUSR2")
+            await device.until(lambda: status(device, "aa")[0] == "running")
+            assert device.store.restarts()["aa"].count >= 1
+
+    play(scenario)
+
+
+def test_a_scoring_container_is_routed_and_restarted_when_it_does_not_answer() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, Labels={"io.gatelet.scoring": "m"})
+        await device.good(manifest(aa={"image": V1, "restartPolicy": "on-unhealthy"}))
+        (route,) = device.scoring.routes
+        assert route.endpoint == "aa"
+        (socket,) = device.scoring.sockets.values()
+        assert socket.endswith("modules/aa/scoring.sock")
+        started = device.engine._named("aa").state["StartedAt"]
+        await asyncio.sleep(100)
+        device.scoring.silent.add(socket)
+        await device.until(lambda: status(device, "aa")[0] == "unhealthy")
+        await device.until(lambda: device.engine._named("aa").state["StartedAt"] != started, 120)
+        device.scoring.silent.clear()
+        await device.until(lambda: status(device, "aa")[0] == "running")
+        device.scoring.crash()
+        await device.until(lambda: len(device.scoring.routes) == 1)
+        await device.good(manifest())
+        assert device.containers() == {}
+        assert device.scoring.routes == ()
+        assert device.scoring.states == {}
+
+    play(scenario)
+
+
+def test_drift_is_corrected() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        before = device.ids()
+        device.engine.update("aa", Memory=4711)
+        await device.until(
+            lambda: device.ids() != before and "running" in device.containers().get("aa", "")
+        )
+        assert device.phase() == "good"
+
+    play(scenario)
+
+
+def test_stopped_modules_stop_and_start_again_without_a_restart() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        for policy in ("never", "always"):
+            entry = {"image": V1, "restartPolicy": policy}
+            await device.good(manifest(aa=entry))
+            before = device.ids()
+            await device.good(manifest(aa={**entry, "status": "stopped"}))
+            assert "exited" in device.containers()["aa"]
+            assert status(device, "aa")[0] == "stopped"
+            await device.good(manifest(aa=entry))
+            assert device.ids() == before
+            assert "running" in device.containers()["aa"]
+            assert device.store.restarts()["aa"].count == 0
+
+    play(scenario)
+
+
+def test_a_slow_pull_does_not_hold_back_the_restart_of_another_module() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1, bb=V1))
+        device.engine.faults.pull_seconds = 2000
+        device.reconciler.submit("local", 0, manifest(aa=V2, bb=V1), always=True)
+        await asyncio.sleep(60)
+        for name in ("aa", "bb"):
+            device.engine.signal(name, "SIGKILL")
+            await device.until(lambda name=name: "exited" in device.containers()[name], 5)
+            took = await device.until(lambda name=name: "running" in device.containers()[name], 60)
+            assert took < 20
+        assert device.containers()["aa"] == f"{V1} running"
+
+    play(scenario)
+
+
+def test_a_newer_document_stops_the_transfers_of_an_older_one() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        device.engine.faults.pull_seconds = 5000
+        device.reconciler.submit("local", 0, manifest(aa=V1), always=True)
+        await device.until(lambda: bool(device.snapshot.progress))
+        device.engine.faults.pull_seconds = 1
+        await device.good(manifest(aa=V2))
+        assert device.clock.monotonic() < 200
+
+    play(scenario)
+
+
+def test_start_groups_follow_one_another_and_a_sick_one_holds_up_for_a_minute_only() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        publish(device, V2, Healthcheck={**HEALTHCHECK, "StartPeriod": 10**12})
+        slow = {"image": V2, "env": {"HEALTHY_AFTER_MS": "20000"}, "startupOrder": 1}
+        device.reconciler.submit("local", 0, manifest(aa=slow, bb={"image": V1, "startupOrder": 2}))
+        await device.until(lambda: "running" in device.containers().get("aa", ""))
+        assert "bb" not in device.containers()
+        assert status(device, "bb") == ("unknown", "waits for aa, which starts before it")
+        took = await device.until(lambda: "running" in device.containers().get("bb", ""))
+        assert 15 < took < 30
+        await device.until(lambda: device.phase() == "good")
+        never = {"image": V2, "env": {"HEALTHY_AFTER_MS": "9000000"}, "startupOrder": 1}
+        device.reconciler.submit(
+            "local", 0, manifest(aa=never, cc={"image": V1, "startupOrder": 2}), always=True
+        )
+        took = await device.until(lambda: "running" in device.containers().get("cc", ""))
+        assert 50 < took < 80
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_update_modes(wait: bool) -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2, "r.io/big:1")
+        await device.good(manifest(aa=V1, old=V1))
+        device.engine.faults.pull_seconds = 1
+        env = {"ModuleUpdateMode": "WaitForAllPulls"} if wait else None
+        device.registry.up = True
+        device.reconciler.submit(
+            "local", 0, manifest(env, aa=V2, big="r.io/missing:1"), always=True
+        )
+        await asyncio.sleep(120)
+        assert device.containers()["aa"] == f"{V1 if wait else V2} running"
+        assert device.containers()["old"] == f"{V1} running"
+        publish(device, "r.io/missing:1")
+        await device.until(lambda: device.phase() == "good")
+        assert device.containers() == {"aa": f"{V2} running", "big": "r.io/missing:1 running"}
+
+    play(scenario)
+
+
+def test_after_a_reboot_without_network_the_last_good_deployment_runs() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        job = {"image": V1, "restartPolicy": "never", "env": {"EXIT_AFTER_MS": "5000"}}
+        job["env"]["EXIT_CODE"] = "0"
+        await device.good(manifest(aa=V1, never={"image": V1, "restartPolicy": "never"}, job=job))
+        device.reconciler.submit("local", 0, manifest(aa=V2, never=V2), always=True)
+        device.registry.up = False
+        await asyncio.sleep(0.3)
+        await device.kill()
+        device.engine.stop()
+        device.engine.start()
+        device.boot_id = "boot-2"
+        device.start()
+        await device.until(
+            lambda: all("running" in device.containers()[name] for name in ("aa", "never"))
+        )
+        assert device.containers()["aa"] == f"{V1} running"
+        assert "exited" in device.containers()["job"]
+        assert device.store.restarts()["aa"].count == 0
+        device.registry.up = True
+        await device.until(lambda: device.phase() == "good")
+        assert device.containers() == {"aa": f"{V2} running", "never": f"{V2} running"}
+
+    play(scenario)
+
+
+def test_an_engine_that_is_away_for_hours_is_waited_for() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa={"image": V1, "restartPolicy": "never"}))
+        device.engine.stop()
+        await device.until(lambda: status(device, "aa")[0] == "backoff")
+        assert "does not answer" in status(device, "aa")[1]
+        await asyncio.sleep(5 * 3600)
+        device.reconciler.submit("local", 0, manifest(aa=V2), always=True)
+        await asyncio.sleep(3600)
+        assert device.phase() == "applying"
+        device.engine.start()
+        await device.until(lambda: device.phase() == "good")
+        assert device.containers() == {"aa": f"{V2} running"}
+
+    play(scenario)
+
+
+def test_restart_state_survives_the_agent() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        for _ in range(4):
+            device.engine.signal("aa", "SIGKILL")
+            await device.until(lambda: status(device, "aa")[0] == "backoff")
+            await device.until(lambda: status(device, "aa")[0] == "running")
+        await device.kill()
+        device.start()
+        await asyncio.sleep(5)
+        device.engine.signal("aa", "SIGKILL")
+        await device.until(lambda: "exited" in device.containers()["aa"])
+        took = await device.until(lambda: "running" in device.containers()["aa"])
+        assert 160 <= took < 175
+
+    play(scenario)
+
+
+def test_a_full_disk_is_said_and_the_old_version_serves_until_there_is_room() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        full = RuntimeFailed("write /var/lib: no space left on device", retryable=False)
+        device.engine.faults.fail_always["pull"] = full
+        device.reconciler.submit("local", 0, manifest(aa=V2), always=True)
+        await device.until(lambda: status(device, "aa")[0] == "backoff")
+        (condition,) = conditions(device.snapshot, {})
+        assert condition.details["error"] == "DISK_FULL"
+        await asyncio.sleep(3600)
+        assert device.containers() == {"aa": f"{V1} running"}
+        del device.engine.faults.fail_always["pull"]
+        await device.until(lambda: device.phase() == "good")
+
+    play(scenario)
+
+
+def test_images_that_gatelet_brought_go_after_a_week_and_others_stay() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2, "r.io/own:1")
+        await device.engine.runtime("other").pull(
+            "r.io/own:1",
+            device.engine.publish("r.io/own:1", layers=(("o", 1),)),
+            (),
+            lambda p: None,
+        )
+        await device.good(manifest(aa=V1))
+        await device.good(manifest(aa=V2))
+        first = {image.name for image, _ in device.engine._present.values()}
+        assert first == {V1, V2, "r.io/own:1"}
+        await asyncio.sleep(6.9 * 86400)
+        assert {image.name for image, _ in device.engine._present.values()} == first
+        await asyncio.sleep(0.3 * 86400)
+        assert {image.name for image, _ in device.engine._present.values()} == {V2, "r.io/own:1"}
+        await asyncio.sleep(3 * 86400)
+        assert {image.name for image, _ in device.engine._present.values()} == {V2, "r.io/own:1"}
+
+    play(scenario)
+
+
+def test_under_pressure_unused_images_go_at_once() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        await device.good(manifest(aa=V2))
+        device.disk.free = 0
+        await device.until(lambda: len(device.engine._present) == 1)
+        assert device.containers() == {"aa": f"{V2} running"}
+
+    play(scenario)
+
+
+def test_rollback_on_request_brings_the_very_images_back() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        digest = device.store.pins(1)["aa"]
+        device.engine.publish(V1, layers=(("new", 5),))
+        await device.good(manifest(aa={"image": V1, "env": {"A": "1"}}))
+        assert device.store.pins(2)["aa"] != digest
+        assert device.reconciler.rollback().generation == 3
+        await device.until(lambda: device.phase() == "good")
+        assert device.store.pins(3)["aa"] == digest
+        assert device.reconciler.rollback(17).code == 400
+
+    play(scenario)
+
+
+def test_a_restart_on_request_restarts_once_whatever_the_policy() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa={"image": V1, "restartPolicy": "never"}))
+        started = device.engine._named("aa").state["StartedAt"]
+        ids = device.ids()
+        assert device.reconciler.restart("aa").code == 200
+        assert device.reconciler.restart("bb").code == 400
+        await device.until(
+            lambda: (
+                device.engine._named("aa").state["StartedAt"] != started
+                and "running" in device.containers()["aa"]
+            )
+        )
+        again = device.engine._named("aa").state["StartedAt"]
+        await asyncio.sleep(3600)
+        assert device.engine._named("aa").state["StartedAt"] == again
+        assert device.ids() == ids
+        assert device.store.restarts()["aa"].count == 0
+
+    play(scenario)
+
+
+def test_a_preview_changes_nothing() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1, bb=V1))
+        before = device.ids()
+        found = device.reconciler.preview(manifest(aa={"image": V2, "env": {"X": "1"}}, cc=V1))
+        assert found.code == 200
+        changes = {change.module: change for change in found.modules}
+        assert {name: change.change for name, change in changes.items()} == {
+            "aa": "changed",
+            "bb": "removed",
+            "cc": "added",
+        }
+        assert [(f.path, f.before, f.after) for f in changes["aa"].fields] == [
+            ("env.X.value", None, "1"),
+            ("settings.image", V1, V2),
+        ]
+        assert f"resolve {V2} for aa" in found.steps
+        assert device.reconciler.preview(b"{").code == 400
+        assert device.reconciler.preview().steps == ()
+        assert device.ids() == before
+
+    play(scenario)
+
+
+def test_what_the_policy_forbids_fails_before_anything_stops() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        before = device.ids()
+        forbidden = {"image": V2, "options": {"HostConfig": {"Privileged": True}}}
+        said = await device.failed(manifest(aa=forbidden))
+        assert "HostConfig.Privileged" in said
+        assert device.ids() == before
+
+    play(scenario)
