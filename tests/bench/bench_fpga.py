@@ -1,0 +1,191 @@
+"""What our path to the FPGA adds: `python tests/bench/bench_fpga.py [--json] [--seconds S]`.
+
+Microseconds per transfer (p50) of as many bytes each way, on one simulated board whose core gives
+back what it takes:
+
+    bare     the registers of the AXI DMA through pynq's MMIO, buffers flushed whole, no checks
+    pynq     pynq's own DMA class
+    ours     our driver in process, with deadline, error bits, length check and lock
+    hop      a request of the scoring process to the fabric process, over its socket
+
+The simulated registers take 1 to 2 us each, more than real ones, so the rows tell how many accesses
+a path makes and what Python costs around them; they say nothing about a board's throughput.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gatelet.accelerators.backend import LoadOptions, Variant
+from gatelet.accelerators.fpga.backend import FpgaBackend
+from gatelet.accelerators.fpga.driver import FabricDriver
+from gatelet.accelerators.fpga.package import Package, Signature
+from gatelet.accelerators.fpga.packages import probe
+from gatelet.accelerators.tensors import TensorSpec
+from gatelet.simulator.board.bitstream import DATE, TIME, header_part
+from gatelet.simulator.board.boards import simulated_board
+from gatelet.simulator.board.handoff import StreamDesign, encode_handoff
+
+SIZES = (64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+Z2 = simulated_board("pynq-z2").part
+
+
+def write_loopback(directory: Path, size: int) -> Signature:
+    """An hls4ml package of floats whose core is a loopback; the tensors of one item."""
+    from gatelet.accelerators.fpga.bitfile import Bitfile, encode_bitfile
+
+    directory.mkdir(parents=True)
+    design = StreamDesign("loop", Z2, 100.0, 26, dma="hier_0/axi_dma_0", core="hier_0/loop_0")
+    bitfile = Bitfile("loop", header_part(Z2), DATE, TIME, bytes(64))
+    (directory / "loop.bit").write_bytes(encode_bitfile(bitfile))
+    (directory / "loop.hwh").write_text(encode_handoff(design))
+    (directory / "hls4ml_config.yml").write_text("Backend: VivadoAccelerator\n")
+    shape = (-1, size // 4)
+    return Signature((TensorSpec("x", "FP32", shape),), (TensorSpec("y", "FP32", shape),))
+
+
+def bare(pynq: Any, overlay: Any, device: Any, data: np.ndarray) -> Callable[[], Any]:
+    send, receive = (pynq.allocate((data.size,), np.uint8, target=device) for _ in range(2))
+    mmio = pynq.MMIO(overlay.ip_dict["hier_0/axi_dma_0"]["phys_addr"], 0x80, device=device)
+
+    def step() -> Any:
+        send[:] = data
+        send.flush()
+        mmio.write(0x48, receive.device_address)
+        mmio.write(0x58, data.size)
+        mmio.write(0x18, send.device_address)
+        mmio.write(0x28, data.size)
+        while not mmio.read(0x34) & 2:
+            pass
+        receive.invalidate()
+        return np.array(receive)
+
+    return step
+
+
+def pynqs(pynq: Any, overlay: Any, device: Any, data: np.ndarray) -> Callable[[], Any]:
+    send, receive = (pynq.allocate((data.size,), np.uint8, target=device) for _ in range(2))
+    dma = overlay.hier_0.axi_dma_0
+
+    def step() -> Any:
+        send[:] = data
+        dma.recvchannel.transfer(receive)
+        dma.sendchannel.transfer(send)
+        dma.sendchannel.wait()
+        dma.recvchannel.wait()
+        return np.array(receive)
+
+    return step
+
+
+def ours(driver: FabricDriver, package: Package, data: np.ndarray) -> Callable[[], Any]:
+    items = [data.reshape(1, -1)]
+    return lambda: driver.infer(package, items, time.monotonic() + 5)[0]
+
+
+def median_us(step: Callable[[], Any], data: np.ndarray, seconds: float) -> float:
+    result = np.asarray(step()).reshape(-1)
+    assert np.array_equal(result.view(np.uint8), data), "the loopback gave something else"
+    for _ in range(20):
+        step()
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
+
+
+@contextmanager
+def fabric(root: Path) -> Iterator[FpgaBackend]:
+    command = [
+        *(sys.executable, "-m", "gatelet.accelerators.fpga.fabric"),
+        *("--socket", str(root / "fabric.sock"), "--lock", str(root / "hop.lock")),
+        *("--board", "pynq-z2", "--device", "gatelet.simulator.board"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    backend = FpgaBackend(root / "fabric.sock", "pynq-z2", Z2)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield backend
+    finally:
+        backend.close()
+        process.terminate()
+        process.wait(20)
+
+
+def measure(root: Path, seconds: float) -> dict[int, dict[str, float]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pynq
+        import pynq.lib
+    from gatelet.simulator.board.device import activate
+
+    device = activate(simulated_board("pynq-z2"))
+    driver = FabricDriver(root / "lock", Z2)
+    driver.open()
+    table: dict[int, dict[str, float]] = {}
+    with fabric(root) as backend:
+        for size in SIZES:
+            directory = root / str(size)
+            signature = write_loopback(directory, size)
+            package = probe(directory, signature)
+            data = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+            # Not NaN, whose bits float32 copies may change.
+            data.view("<u4")[:] &= 0x3FFFFFFF
+            options = LoadOptions(inputs=signature.inputs, outputs=signature.outputs)
+            session = backend.load(root, Variant("hls4ml", str(size)), options)
+            tensor = data.view("<f4").reshape(1, -1)
+
+            def hop(session: Any = session, tensor: np.ndarray = tensor) -> Any:
+                return session.run({"x": tensor}, None, time.monotonic() + 5)["y"].view(np.uint8)
+
+            driver.load(package)
+            row = {"ours": median_us(ours(driver, package, data), data, seconds)}
+            driver.unload(package)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                overlay = pynq.Overlay(str(package.bit))
+            row["pynq"] = median_us(pynqs(pynq, overlay, device, data), data, seconds)
+            row["bare"] = median_us(bare(pynq, overlay, device, data), data, seconds)
+            row["hop"] = median_us(hop, data, seconds)
+            session.close()
+            table[size] = row
+    driver.close()
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What our path to the FPGA adds.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        table = measure(Path(root), arguments.seconds)
+    if arguments.json:
+        print(json.dumps(table))
+        return
+    print(f"{'bytes':>8}  {'bare':>8}  {'pynq':>8}  {'ours':>8}  {'hop':>8}  ours/bare  hop/bare")
+    for size, row in table.items():
+        values = "  ".join(f"{row[name]:8.1f}" for name in ("bare", "pynq", "ours", "hop"))
+        ratios = f"{row['ours'] / row['bare']:9.2f}  {row['hop'] / row['bare']:8.2f}"
+        print(f"{size:8}  {values}  {ratios}")
+
+
+if __name__ == "__main__":
+    main()
