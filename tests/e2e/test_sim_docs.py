@@ -160,6 +160,33 @@ def test_the_shell_example(tmp_path: Path) -> None:
     assert '[{"deviceId": "edge-1"}]' in done.stdout
 
 
+def test_the_ci_examples(tmp_path: Path) -> None:
+    """The steps of the workflow, but for what is installed already."""
+    (first, second) = blocks("yaml")
+    steps = re.findall(r"^ +- run: (?!\|)(.*)$", first, re.MULTILINE)
+    assert [step.split()[0] for step in steps] == ["pip", "pytest"]
+    (tmp_path / "test_device.py").write_text(blocks("python")[0])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    (start,) = re.findall(r"- run: \|\n((?: {10}.*\n)+)", second)
+    (use,) = re.findall(r"^ +- run: (?!\|)(.*)$", second, re.MULTILINE)
+    (tmp_path / "run-tests").write_text(
+        f"#!{sys.executable}\nimport json, sys\nabout = json.load(open(sys.argv[1]))\n"
+        "assert about['hub']['deviceConnectionString'].startswith('HostName=')\n"
+    )
+    (tmp_path / "run-tests").chmod(0o755)
+    for script in (steps[1], f"{start}{use}\nkill %1; wait %1"):
+        done = subprocess.run(
+            ["bash", "-e", "-m", "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_configuration_example(tmp_path: Path) -> None:
     (text,) = blocks("toml")
     settings = parse_settings(text, "site.toml", tmp_path)
