@@ -327,13 +327,14 @@ class _Planning:
         """Containers that nobody wants; requests stop coming to them first."""
         modules = {m.name for m in self.wanted.modules if m.kind != "model"}
         wanted = {m.instance for m in self.wanted.modules}
+        routed = {t.instance for route in self.observed.routes for t in route.targets}
+        serving = {
+            instance.partition("@")[0]
+            for instance in (*self.observed.instances, *routed)
+            if instance not in wanted
+        }
         for name in strangers(modules, self.observed):
-            serving = [
-                instance
-                for instance in self.observed.instances
-                if instance.partition("@")[0] == name and instance not in wanted
-            ]
-            if not serving:
+            if name not in serving:
                 self._add(clear(name, self.observed))
 
     # -- the scoring process -------------------------------------------------------------------
