@@ -90,14 +90,20 @@ class RegistryImages:
             # The thread of a cancelled pull ends at its next block.
             cancelled.set()
 
-    async def verify_image(self, image: str, digest: str, credentials: Credentials) -> None:
-        """Check the signature of an image that an engine is to pull, before it does.
+    async def verify_image(
+        self, image: str, digest: str, credentials: Credentials, local: bool = False
+    ) -> None:
+        """Whether the device may use the image, for its store or for an engine.
 
-        Returns at once where the policy asks for none. Raises StepFailed.
+        Returns at once where the policy asks for no signature, or when it was verified before.
+        With `local` no registry is asked. Raises StepFailed.
         """
 
         def work() -> None:
             ref = ImageRef.parse(image)
+            if local and self._trust is not None:
+                self._trust.check_stored(ref, digest)
+                return
             with RegistryClient(self._settings(ref.registry, credentials)) as client:
                 self._verify(client, ref, digest)
 
@@ -116,11 +122,6 @@ class RegistryImages:
         for stored in self._store.images():
             known = ImageRef.parse(stored.reference)
             if stored.digest == wanted.digest or wanted == replace(known, digest=None):
-                try:
-                    if self._trust is not None:
-                        self._trust.check_stored(wanted, stored.digest)
-                except ImageError as error:
-                    raise StepFailed(str(error), retryable=error.retryable) from error
                 return stored.digest
         return None
 

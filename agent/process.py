@@ -155,7 +155,14 @@ class Agent:
         )
         self._reconciler = Reconciler(
             store,
-            Executor(self._images, self._scoring, store.pin, self._engine, housekeeping.bringing),
+            Executor(
+                self._images,
+                self._scoring,
+                store.pin,
+                self._engine,
+                housekeeping.bringing,
+                self._images.verify_image if isinstance(self._images, RegistryImages) else None,
+            ),
             clock,
             settings or reconcile_settings(config),
             self._publish,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -242,6 +242,11 @@ class NoEngine:
 
 
 PinStore = Callable[[int, str, str, Kind], None]
+Verify = Callable[[str, str, Credentials, bool], Awaitable[None]]
+"""(image, digest, credentials, local): whether the device may use it; `local` asks no registry.
+
+Raises StepFailed.
+"""
 Bringing = Callable[[str, str, str], None]
 
 
@@ -255,13 +260,19 @@ class Executor:
         pin: PinStore,
         engine: EngineHold | None = None,
         bringing: Bringing = lambda digest, place, image: None,
+        verify: Verify | None = None,
     ) -> None:
-        """`bringing(digest, "store"|"engine", image)` is told before an image is brought here."""
+        """`bringing(digest, "store"|"engine", image)` is told before an image is brought here.
+
+        `verify` is asked before a name is pinned to a digest, even of an image that is here
+        already: it may have come by another name, for which no signature is asked.
+        """
         self._images = images
         self._scoring = scoring
         self._pin = pin
         self._engine: EngineHold = engine or NoEngine()
         self._bringing = bringing
+        self._verify = verify
         self.engine_view = EngineView()
 
     async def observe(self) -> tuple[Observed, ScoringView | None]:
@@ -299,6 +310,8 @@ class Executor:
         """Carry out `step`. Raises StepFailed."""
         if isinstance(step, Resolve):
             resolved = await self._resolve(step, credentials)
+            if self._verify is not None:
+                await self._verify(step.image, resolved.digest, credentials, step.only_local)
             self._pin(step.generation, step.module, resolved.digest, resolved.kind)
         elif isinstance(step, Pull):
             await self._pull(step, credentials, on_progress)
@@ -363,6 +376,8 @@ class Executor:
             self._bringing(step.digest, "store", step.image)
             await self._images.pull(step.image, step.digest, credentials, on_progress)
             return
+        if self._verify is not None:
+            await self._verify(step.image, step.digest, credentials, False)
         self._bringing(step.digest, "engine", step.image)
 
         def progress(now: PullProgress) -> None:

@@ -16,7 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.config import ConfigError, TrustConfig, TrustImagesConfig, TrustKeyConfig
 from gatelet.agent.image_trust import ImageTrust
+from gatelet.agent.images import RegistryImages
 from gatelet.agent.main import main
+from gatelet.agent.plan import Pull, Resolve
+from gatelet.agent.steps import Executor, StepFailed
 from gatelet.agent.store import StateStore
 from gatelet.agent.trust import load_trust
 from gatelet.modules.errors import ImageError
@@ -209,6 +212,48 @@ def test_an_older_generation_is_refused_unless_the_device_has_to_return_to_it(si
     site.pull(copy := site.push("x", b"x", "models/others"), site.trust(TrustImagesConfig("a.b")))
     site.sign(copy, "release", "--generation", "1")
     site.pull(copy, trust)
+
+
+async def test_what_is_here_already_is_asked_for_its_signature_too(site: Site) -> None:
+    """Brought by a name that needs none, then named by one that needs one."""
+    scratch = site.push("s1", b"same", "scratch/digits")
+    same = site.push("s1", b"same", "models/digits")
+    assert scratch.digest == same.digest
+    trust = site.trust(TrustImagesConfig(f"{site.address}/models"))
+    strict = site.trust(TrustImagesConfig(site.address))
+    images = RegistryImages(site.folder / "images", (), None, None, trust)
+    pinned: list[str] = []
+    executor = Executor(
+        images,
+        None,  # type: ignore[arg-type]  # nothing is loaded here
+        lambda generation, module, digest, kind: pinned.append(digest),
+        verify=images.verify_image,
+    )
+
+    async def resolve(ref: ImageRef, only_local: bool = False) -> None:
+        name = f"{ref.registry}/{ref.repository}:{ref.tag}"
+        await executor.run(Resolve(1, "m", name, only_local), (), lambda progress: None)
+
+    await resolve(scratch)
+    pull = Pull("m", f"{scratch.registry}/{scratch.repository}:s1", str(same.digest), "model")
+    await executor.run(pull, (), lambda progress: None)
+    assert await images.stored() == {same.digest}
+    with pytest.raises(StepFailed, match="is not signed"):
+        await resolve(same)
+    images = executor._images = RegistryImages(site.folder / "images", (), None, None, strict)
+    executor._verify = images.verify_image
+    with pytest.raises(StepFailed, match="came here before signatures were asked for"):
+        await resolve(scratch, only_local=True)
+    assert pinned == [scratch.digest]
+    # An engine is not asked to pull it either.
+    engine = Pull("m", f"{same.registry}/{same.repository}:s1", str(same.digest), "container")
+    with pytest.raises(StepFailed, match="is not signed"):
+        await executor.run(engine, (), lambda progress: None)
+    site.sign(same)
+    await resolve(same)
+    with pytest.raises(StepFailed, match="no container engine"):
+        await executor.run(engine, (), lambda progress: None)
+    assert pinned == [scratch.digest, same.digest]
 
 
 def test_the_rule_with_the_longest_prefix_counts(site: Site) -> None:
