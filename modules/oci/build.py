@@ -66,12 +66,15 @@ def build_model_image(
 ) -> BuiltImage:
     """Write the image of the model in `model_dir` as an OCI image layout into folder `layout`.
 
-    Only what model.json names goes in: model.json and its sample as the first layer, then one
-    layer per variant path. Raises InvalidImage (InvalidModel for model.json and the sample).
+    Only what model.json names goes in: one layer per variant path, then model.json and its sample
+    as the last layer. Raises InvalidImage (InvalidModel for model.json and the sample).
     """
     raw, model = _read_model(model_dir)
-    parts: list[tuple[str, ...]] = [(MODEL_FILE, *([model.sample] if model.sample else []))]
-    parts += [(path,) for path in dict.fromkeys(variant.path for variant in model.variants)]
+    parts: list[tuple[str, ...]] = [
+        (path,) for path in dict.fromkeys(variant.path for variant in model.variants)
+    ]
+    # Last, because it tells the version: engines share a layer only when all below it are equal.
+    parts.append((MODEL_FILE, *([model.sample] if model.sample else [])))
 
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)

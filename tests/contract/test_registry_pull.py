@@ -304,7 +304,7 @@ def test_a_device_downloads_only_what_it_can_run(registry, image, store):
     push(registry, image)
     stored = pull(registry, store, board="kria", part=None)
     assert not (stored.model_dir / "overlays").exists()
-    overlay = image.manifest.layers[2].digest
+    overlay = image.manifest.layers[1].digest
     assert not store.has_blob(overlay)
     more = pull(registry, store, board="pynq-z2", part=None)
     assert (more.model_dir / "overlays/z2/a.bit").exists()
@@ -341,7 +341,7 @@ def test_a_pinned_image_in_the_store_needs_no_registry(registry, image, store):
 @pytest.mark.parametrize("kept", [1, 1_000_000])
 def test_a_download_continues_where_it_stopped(registry, image, store, kept):
     push(registry, image)
-    layer = image.manifest.layers[1]
+    layer = image.manifest.layers[0]
     with image.open_blob(layer.digest) as blob:
         beginning = blob.read(kept)
     with store.ingest(layer.digest, layer.size) as ingest:
@@ -352,13 +352,13 @@ def test_a_download_continues_where_it_stopped(registry, image, store, kept):
     first = next(p for p in said if p.layers_done == 1 and p.bytes_done > said[4].bytes_done)
     assert first.bytes_done >= kept
     if isinstance(registry, Simulated):
-        total = sum(x.size for x in (image.manifest.config, *image.manifest.layers[:2]))
+        total = sum(x.size for x in (image.manifest.config, *image.manifest.layers[::2]))
         assert registry.registry.blob_bytes_sent == total - kept
 
 
 def test_a_damaged_beginning_costs_one_more_download(registry, image, store):
     push(registry, image)
-    layer = image.manifest.layers[1]
+    layer = image.manifest.layers[0]
     with store.ingest(layer.digest, layer.size) as ingest:
         ingest.write(b"never was in this layer")
     store.check(pull(registry, store).digest)
@@ -366,7 +366,7 @@ def test_a_damaged_beginning_costs_one_more_download(registry, image, store):
 
 def test_ranges(registry, image):
     push(registry, image)
-    layer = image.manifest.layers[1]
+    layer = image.manifest.layers[0]
     with image.open_blob(layer.digest) as blob:
         whole = blob.read()
     with connect(registry) as client:
@@ -380,7 +380,7 @@ def test_ranges(registry, image):
                 assert b"".join(stream) == whole
 
 
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, 2])
 def test_a_flipped_byte_is_never_stored(registry, image, store, part):
     push(registry, image)
     layer = image.manifest.layers[part]
@@ -407,7 +407,7 @@ def test_flipped_documents_are_never_stored(registry, image, store):
 @pytest.mark.parametrize("at", [0, 900_000])
 def test_a_layer_that_is_too_short_in_the_registry(registry, image, store, at):
     push(registry, image)
-    layer = image.manifest.layers[1]
+    layer = image.manifest.layers[0]
     registry.truncate(layer.digest, at)
     for _ in range(2):
         with pytest.raises(DigestMismatch, match=f"{at} of {layer.size} bytes"):
@@ -605,7 +605,7 @@ def test_a_refusal_by_policy_comes_before_any_layer(registry, image, store):
 
 def test_mounting_sends_nothing(registry, image):
     push(registry, image, "models/one:v1")
-    layer = image.manifest.layers[1]
+    layer = image.manifest.layers[0]
 
     def unwanted():
         raise AssertionError("uploaded")
@@ -639,7 +639,7 @@ def test_stopping_keeps_what_came(registry, image, store):
             progress=said.append,
             cancelled=lambda: bool(said) and said[-1].bytes_done > 500_000,
         )
-    layer = image.manifest.layers[1]
+    layer = image.manifest.layers[0]
     assert 0 < store.ingested(layer.digest) < layer.size
     store.check(pull(registry, store).digest)
 
@@ -663,7 +663,7 @@ def test_a_link_that_breaks_again_and_again(simulated, image, store):
     simulated.tell("drop_after", 100_000)
     store.check(pull(simulated, store).digest)
     sent = simulated.registry.blob_bytes_sent
-    total = sum(x.size for x in (image.manifest.config, *image.manifest.layers[:2]))
+    total = sum(x.size for x in (image.manifest.config, *image.manifest.layers[::2]))
     # What was on its way when the connection broke is lost, no more.
     assert total <= sent < 2 * total
     gets = [path for method, path in simulated.registry.requests if method == "GET"]
