@@ -27,6 +27,8 @@ class Call:
     endpoint: str = ""
     version: str = ""
     on_loop: bool = True
+    # Bytes of the server's that the unpacked body takes.
+    reserved: int = 0
 
     @property
     def azure(self) -> bool:

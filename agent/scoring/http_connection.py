@@ -127,7 +127,7 @@ class Connection(asyncio.Protocol):
             if isinstance(cause, Refusal):
                 self._refuse(cause)
             else:
-                self._refuse(Refusal(400, f"this is no HTTP/1.1 request: {error}"))
+                self._refuse(Refusal(400, f"this is no HTTP request: {error}"))
         else:
             self._check_progress(len(data))
 
@@ -232,6 +232,11 @@ class Connection(asyncio.Protocol):
         return Refusal(413, f"the body exceeds {self._limits.max_body_bytes} bytes; send less")
 
     def on_message_complete(self) -> None:
+        if self._parser.should_upgrade() and (
+            self._headers.get("content-length", "0") != "0" or "transfer-encoding" in self._headers
+        ):
+            # The parser takes what follows for another protocol.
+            raise Refusal(501, "no other protocol is served; send bodies without Upgrade")
         url = self._url
         mark = url.find(b"?")
         path, query = (url, b"") if mark < 0 else (url[:mark], url[mark + 1 :])
@@ -350,6 +355,10 @@ class Connection(asyncio.Protocol):
         """Answer what cannot be read on, after what was asked before it, and end."""
         if self._refusal is None and self._transport is not None:
             self._refusal = refusal
+            # Others may have what this one will not use.
+            self._host.release(self._receiving)
+            self._receiving = 0
+            self._clear()
             self._next()
 
     def _tell(self, transport: asyncio.Transport, refusal: Refusal) -> None:

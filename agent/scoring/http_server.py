@@ -55,6 +55,7 @@ class HttpServer:
         self._paths: list[str] = []
         self._connections: set[Connection] = set()
         self._buffered = 0
+        self._counting = threading.Lock()
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False
         self._loop = asyncio.new_event_loop()
@@ -184,13 +185,17 @@ class HttpServer:
         self._connections.discard(connection)
 
     def reserve(self, size: int) -> bool:
-        if self._buffered + size > self.limits.max_buffered_bytes:
-            return False
-        self._buffered += size
-        return True
+        """Whether `size` more bytes may be kept, until `release`; from any thread."""
+        with self._counting:
+            if self._buffered + size > self.limits.max_buffered_bytes:
+                return False
+            self._buffered += size
+            return True
 
     def release(self, size: int) -> None:
-        self._buffered -= size
+        if size:
+            with self._counting:
+                self._buffered -= size
 
     def post(self, work: Callable[[], None]) -> None:
         """Do `work` on the loop: at once if this is its thread."""
@@ -205,12 +210,9 @@ class HttpServer:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._do_posted)
 
-    def soon(self, work: Callable[[], None]) -> bool:
+    def soon(self, work: Callable[[], None]) -> None:
         """Do `work` after what arrived together with the present request; on the loop only."""
-        if threading.get_ident() != self._thread.ident:
-            return False
         self._loop.call_soon(work)
-        return True
 
     def _do_posted(self) -> None:
         self._woken = False

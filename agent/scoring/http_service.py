@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
+from typing import Protocol
 
 from .access import Access
 from .dataplane import DataPlane
@@ -23,6 +24,7 @@ from .http_types import (
     Refusal,
     as_refusal,
     error_response,
+    retry_after,
 )
 from .instances import Instance
 from .oip_json import DecodedJson, decode_json, decode_only_tensor, encode_json
@@ -41,6 +43,16 @@ _UNGUARDED = frozenset(
 _SLOW = frozenset({"repository_load", "repository_unload", "openapi", "swagger"})
 
 
+class Host(Protocol):
+    """What the service needs of its server."""
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Do `work` once whatever arrived in this turn of the event loop has been read."""
+
+    def reserve(self, size: int) -> bool: ...
+    def release(self, size: int) -> None: ...
+
+
 class HttpService:
     """A `Handler`: called on the event loop, answers from whatever thread."""
 
@@ -48,16 +60,17 @@ class HttpService:
         self,
         plane: DataPlane,
         limits: HttpLimits | None = None,
-        soon: Callable[[Callable[[], None]], bool] | None = None,
+        host: Host | None = None,
         *,
         access: Access | None = None,
         origins: Collection[str] = (),
     ) -> None:
         """`origins`: of web pages that may call, "*" for all.
 
-        `soon` calls back once whatever arrived in this turn of the event loop has been read;
-        False off the loop."""
-        self._soon = soon
+        `host` None: every request is handed to the models' threads, and unpacked bodies are not
+        counted.
+        """
+        self._host = host
         self._access = access or Access(plane)
         self._origins = frozenset(origins)
         # Instances with requests of this turn; only the loop touches it.
@@ -117,6 +130,7 @@ class HttpService:
             encoding = request.headers.get("content-encoding")
             if encoding is not None:
                 request.body = decompress(request.body, encoding, self._limits.max_body_bytes)
+                self._reserve(call, len(request.body))
             return operation(call)
 
         self._guarded(call, work)
@@ -155,6 +169,9 @@ class HttpService:
         self._finish(call, error_response(refusal, "message" if call.azure else "error"))
 
     def _finish(self, call: Call, response: HttpResponse) -> None:
+        if call.reserved and self._host is not None:
+            self._host.release(call.reserved)
+            call.reserved = 0
         headers = call.request.headers
         body, extra = response.body, list(response.headers)
         if "accept-encoding" in headers and len(body) >= SMALLEST:
@@ -172,6 +189,12 @@ class HttpService:
         call.request.respond(
             HttpResponse(response.status, body, response.content_type, tuple(extra))
         )
+
+    def _reserve(self, call: Call, size: int) -> None:
+        if self._host is not None and size > _LARGE:
+            if not self._host.reserve(size):
+                raise Refusal(503, "too much is being received already; try again", retry_after(1))
+            call.reserved = size
 
     # --- web pages
 
@@ -250,12 +273,13 @@ class HttpService:
             call.version = answer.version
             self._guarded(call, lambda: encode(answer))
 
-        if self._soon is None or not call.on_loop:
+        host = self._host
+        if host is None or not call.on_loop:
             self._plane.submit(inference, done)
             return
         instance = self._plane.submit(inference, done, wake=False)
         if not self._waiting:
-            self._soon(self._serve_waiting)
+            host.soon(self._serve_waiting)
         self._waiting[instance] = None
 
     def _serve_waiting(self) -> None:

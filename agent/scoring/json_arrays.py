@@ -16,6 +16,7 @@ from .errors import Code, ScoringError
 from .tensor_codec import BF16
 from .types import Tensor
 
+MOST_VALUES = 1_000_000
 _MOST_DIMENSIONS = 32
 _SPACE = b" \t\r\n"
 # Of the beginning of data, where its brackets are.
@@ -105,6 +106,12 @@ def json_values(tensor: Tensor) -> Array:
     array = np.empty(len(texts), np.object_)
     array[:] = texts
     return array.reshape(tensor.shape)
+
+
+def check_size(body: bytes | bytearray, end: int | None = None) -> None:
+    """Python takes many times the memory of a number's text. Raises ScoringError."""
+    if body.count(b",", 0, len(body) if end is None else end) >= MOST_VALUES:
+        raise _invalid(f"the JSON has more than {MOST_VALUES} values; send the tensors binary")
 
 
 def decode(decoder: msgspec.json.Decoder[Any], data: Any, what: str) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...accelerators.tensors import NUMPY_DTYPES, TensorSpec
 from .errors import Code, ScoringError
-from .json_arrays import decode, json_values, parse_array
+from .json_arrays import check_size, decode, json_values, parse_array
 from .oip_messages import Placement
 from .shared_memory import SharedMemory
 from .tensor_codec import decode_raw, encode_raw
@@ -100,6 +100,7 @@ def decode_json(
             )
         whole = memoryview(body)
         text, rest = whole[:header_length], whole[header_length:]
+    check_size(body, len(text))
     message = decode(_REQUEST, text, "the request")
     tensors: list[Tensor] = []
     start = 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...accelerators.tensors import Array, TensorSpec
 from .errors import Code, ScoringError
-from .json_arrays import decode, json_values, parse_array
+from .json_arrays import check_size, decode, json_values, parse_array
 from .types import InferenceResponse, Tensor
 
 FORMS = ("data", "input_data", "Inputs")
@@ -38,6 +38,7 @@ def decode_score(body: bytes | bytearray, inputs: Sequence[TensorSpec]) -> Score
     """Raises ScoringError INVALID_ARGUMENT."""
     if not bytes(body[:64]).strip():
         raise _invalid("the body is empty; send a JSON object, " + _forms(inputs))
+    check_size(body)
     fields = decode(_OBJECT, body, "the body")
     for form in FORMS:
         if form in fields:

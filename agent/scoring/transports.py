@@ -43,7 +43,7 @@ class Transports:
             self._http = HttpServer(http)
             undo.callback(self._http.stop, 0.0)
             self._service = HttpService(
-                plane, http, self._http.soon, access=access, origins=settings.cors_origins
+                plane, http, self._http, access=access, origins=settings.cors_origins
             )
             undo.callback(self._service.close)
             if settings.http_address:
