@@ -198,7 +198,7 @@ class Broker:
     async def on_connect(self, connection: Connection, connect: Connect) -> Accepted | Refused:
         if self._stopping:
             # It was still shaking hands when the others were told.
-            return Refused(ReasonCode.SERVER_SHUTTING_DOWN, "the broker is stopping")
+            return Refused(ReasonCode.SERVER_UNAVAILABLE, "the broker is stopping")
         user = identify(self._users, connection.peer_certificate, connect)
         if isinstance(user, Refused):
             return user

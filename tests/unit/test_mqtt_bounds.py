@@ -234,3 +234,13 @@ async def test_what_expired_is_not_shown_as_retained() -> None:
         one.send(Connect("c", V5), Publish("t", b"x", 0, True, properties=brief))
         await until(lambda: broker.retained == {"t": b"x"})
         await until(lambda: broker.retained == {})
+
+
+async def test_a_late_comer_is_told_that_the_broker_goes() -> None:
+    async with running() as broker, client(broker) as one:
+        broker._stopping = True  # as it is while others are still saying good-bye
+        one.send(Connect("c", V5))
+        answer = await one.receive()
+        assert isinstance(answer, ConnAck)
+        assert answer.reason_code == ReasonCode.SERVER_UNAVAILABLE
+        assert not broker.client_ids
