@@ -27,6 +27,7 @@ from .manifest_reference import (
     find_reference,
     signed_generation,
 )
+from .preview import Preview
 from .reconcile import Reconciler, Verdict
 from .store import Pending, Proof, StateStore, document_hash
 from .trust import Trust, older_than_accepted
@@ -125,7 +126,8 @@ class ManifestSource:
         try:
             reference = find_reference(body, self._http_hosts)
             if reference is None:
-                verdict = self._whole(source, version, body, always)
+                self._check_unsigned()
+                verdict = self._reconciler.submit(source, version, body, always=always)
             else:
                 known = self._known(reference)
                 if known is None:
@@ -139,6 +141,38 @@ class ManifestSource:
         if own or verdict.code == 200:
             self._await(None)
         return verdict
+
+    def preview(self, body: bytes = b"") -> Preview:
+        """What this document would change: see Reconciler.preview. Nothing is fetched for it."""
+        if not body:
+            return self._reconciler.preview()
+        try:
+            reference = find_reference(body, self._http_hosts)
+            if reference is None:
+                self._check_unsigned()
+                return self._reconciler.preview(body)
+            known = self._known(reference)
+            if known is None:
+                return Preview(
+                    FETCHING,
+                    f"the manifest at {reference.place} is not here yet: name the file itself to "
+                    "see what it changes",
+                )
+            if self._trust.manifests_required:
+                self._proof(reference, known)
+            return self._reconciler.preview(known)
+        except ManifestError as error:
+            return Preview(error.code, str(error))
+
+    def rollback(self, generation: int = 0) -> Verdict:
+        """See Reconciler.rollback; what is being fetched is not wanted any more then."""
+        verdict = self._reconciler.rollback(generation)
+        if verdict.code == 200:
+            self._await(None)
+        return verdict
+
+    def restart(self, module: str) -> Verdict:
+        return self._reconciler.restart(module)
 
     def retry_now(self) -> None:
         """The network may be back: do not wait out the pause."""
@@ -184,7 +218,7 @@ class ManifestSource:
         self._changed.set()
         self._reconciler.wake()
 
-    def _whole(self, source: str, version: int, body: bytes, always: bool) -> Verdict:
+    def _check_unsigned(self) -> None:
         if self._trust.manifests_required:
             raise ManifestError(
                 FORBIDDEN,
@@ -192,7 +226,6 @@ class ManifestSource:
                 "the manifest is not signed, and this device takes signed ones only: "
                 "`gatelet manifest sign`",
             )
-        return self._reconciler.submit(source, version, body, always=always)
 
     def _known(self, reference: ManifestReference) -> bytes | None:
         """The manifest where it came along or is stored. Raises ManifestError."""

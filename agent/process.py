@@ -186,7 +186,7 @@ class Agent:
             jitter=jitter,
         )
         self._operations = Operations(
-            config, clock, self._reconciler, self._kinds, self._status, self._engine.runtime
+            config, clock, self._source, self._kinds, self._status, self._engine.runtime
         )
         self._publisher = Publisher(
             links, self._source.submit, self._operations.methods(), self._link_changed, jitter

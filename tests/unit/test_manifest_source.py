@@ -446,6 +446,39 @@ async def test_a_key_that_is_withdrawn_is_not_trusted_and_leaves_no_lock(tmp_pat
         assert device.source.submit("iothub", 4, inline(SIX, KEY.sign(SIX))).code == 200
 
 
+async def test_a_preview_judges_and_fetches_nothing(server: Server, tmp_path: Path) -> None:
+    async with Device(tmp_path, REQUIRE) as device:
+        for document, code, said in (
+            (manifest("m:8", 8), 403, "is not signed"),
+            (inline(SIX, OTHER.sign(SIX)), 403, "not made with the key"),
+            (server.reference(SIX, key=KEY), 202, "name the file itself"),
+            (b'{"manifest": {"url": "file:///x", "sha256": ""}}', 400, "expected https"),
+        ):
+            found = device.source.preview(document)
+            assert (found.code, said in found.description) == (code, True), found
+        assert device.source.preview(b"").code == 200
+        found = device.source.preview(inline(SIX, KEY.sign(SIX)))
+        assert [change.module for change in found.modules] == ["m"]
+        assert server.asked == []
+        assert device.store.seen() == ()
+        assert device.store.proofs("manifest") == ()
+
+
+async def test_a_rollback_ends_the_fetch(server: Server, tmp_path: Path) -> None:
+    async with Device(tmp_path) as device:
+        for number in (1, 2):
+            device.source.submit("iothub", number, manifest(f"m:{number}"))
+            device.store.set_phase(number, "good")
+        assert device.source.submit("iothub", 3, server.reference(SIX)).code == 202
+        assert device.source.rollback(7).code == 400
+        assert device.source.awaited is not None
+        assert device.source.rollback().code == 200
+        assert device.source.awaited is None
+        latest = device.store.latest()
+        assert latest is not None
+        assert latest.body == manifest("m:1")
+
+
 async def test_without_a_policy_signatures_are_not_looked_at(tmp_path: Path) -> None:
     async with Device(tmp_path, Trust(False, {"release": KEY.public})) as device:
         assert device.source.submit("iothub", 1, inline(SIX, "junk", "who")).code == 200
