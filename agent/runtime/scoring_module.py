@@ -37,13 +37,6 @@ def is_scoring(labels: Mapping[str, str]) -> bool:
     return SCORING_LABEL in labels and labels[SCORING_LABEL].strip().lower() not in _NO
 
 
-def model_name(labels: Mapping[str, str], module: str) -> str:
-    """The model to ask the container for: the label's value when it is a name, else the
-    module's name."""
-    value = labels.get(SCORING_LABEL, "").strip()
-    return module if value.lower() in ("", "true", "1", "yes", *_NO) else value
-
-
 def shared_folder(body: Mapping[str, Any]) -> str | None:
     """The host folder that gatelet itself mounts into a container, None without.
 

@@ -73,6 +73,7 @@ class Served:
 class RemoteSession:
     """`Session` of a served model. Thread-safe; connects again by itself, for as long as it lives.
 
+    `otherwise`: the model's name where none is given and the server does not list its models.
     Raises InstanceUnavailable when nothing answers yet or the model is not there yet, and
     InstanceRefused for a signature that cannot be served.
     """
@@ -80,7 +81,7 @@ class RemoteSession:
     backend = "container"
     concurrency = _CONCURRENCY
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, otherwise: str) -> None:
         self._where = str(served)
         self._channel = grpc.insecure_channel(f"unix:{served.socket}", options=_OPTIONS)
         self._stub = InferenceStub(self._channel)
@@ -89,7 +90,7 @@ class RemoteSession:
         self._silent = 0
         self._watch: threading.Thread | None = None
         try:
-            self.model = served.model or self._only_model()
+            self.model = served.model or self._only_model(otherwise)
             self.metadata = self._describe()
             _check_datatypes(self.metadata, self._where)
         except BaseException:
@@ -181,24 +182,24 @@ class RemoteSession:
                 log.warning("%s", reason) if reason else log.info("%s answers again", self._where)
             self._ready = ready
 
-    def _only_model(self) -> str:
+    def _only_model(self, otherwise: str) -> str:
         try:
             index = self._call(self._stub.repository_index, oip.RepositoryIndexRequest(ready=True))
         except InstanceUnavailable as error:
             cause: Any = error.__cause__
+            # An extension of Triton's, which other servers of the protocol do not have.
             if isinstance(cause, grpc.Call) and cause.code() is grpc.StatusCode.UNIMPLEMENTED:
-                raise InstanceRefused(
-                    f"{self._where} does not list its models; "
-                    "give the model's name as the value of the label io.gatelet.scoring"
-                ) from error
+                return otherwise
             raise
         names = sorted({model.name for model in index.models})
         if not names:
             raise InstanceUnavailable(f"{self._where} serves no model yet")
         if len(names) > 1:
+            if otherwise in names:
+                return otherwise
             raise InstanceRefused(
                 f"{self._where}: there are {', '.join(names)}; "
-                "give one's name as the value of the label io.gatelet.scoring"
+                f"serve one, or name one like the module, {otherwise}"
             )
         return names[0]
 

@@ -25,7 +25,8 @@ class LoadedRemote:
     def __init__(self, served: Served, options: InstanceOptions, name: str) -> None:
         self.directory = served
         self.options = options
-        self._session = RemoteSession(served)
+        # Instances are named MODULE@what they are made of.
+        self._session = RemoteSession(served, name.rpartition("@")[0] or name)
         metadata = self._session.metadata
         self._member = Member(
             self._session, f"container {served.socket}", time.monotonic, proven=False

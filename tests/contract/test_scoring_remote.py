@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from gatelet.accelerators.tensors import NUMPY_DTYPES
 from gatelet.agent.scoring.client import ScoringClient
 from gatelet.agent.scoring.errors import Code, ScoringError
 from gatelet.protos import control_pb2 as pb
+from gatelet.protos import open_inference_pb2 as oip
+from gatelet.protos.services import INFERENCE
 
 from ..bench import onnx_models
 from ..bench.scoring_site import TIMEOUT, ScoringProcess, Site, scoring_process, serve
@@ -157,10 +160,64 @@ def test_which_model(site, client, path, tmp_path) -> None:
         code, details = failure(lambda: load(site, path))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "there are a, b" in details
+        assert load(site, path, instance="b@1").model == "b"
         deploy(site, path, "a")
         assert scored(client)
         code, details = failure(lambda: load(site, path, "b"))
         assert (code, "already loaded" in details) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+
+
+def test_a_server_that_does_not_list_its_models(site, client, path) -> None:
+    """The least that serves: three methods, as servers that are not Triton have."""
+
+    class Least:
+        def model_ready(self, request, context):
+            return oip.ModelReadyResponse(ready=request.name == "m")
+
+        def model_metadata(self, request, context):
+            spec = oip.ModelMetadataResponse.TensorMetadata(name="x", datatype="FP32", shape=[-1])
+            return oip.ModelMetadataResponse(name=request.name, inputs=[spec], outputs=[spec])
+
+        def model_infer(self, request, context):
+            values = np.frombuffer(request.raw_input_contents[0], np.float32)
+            answer = {"short": values[:-1], "wrong": values.astype(np.float64)}.get(mode[0], values)
+            datatype = "FP64" if mode[0] == "wrong" else "FP32"
+            output = oip.ModelInferResponse.InferOutputTensor(
+                name="x", datatype=datatype, shape=[len(values)]
+            )
+            return oip.ModelInferResponse(
+                outputs=[] if mode[0] == "nothing" else [output],
+                raw_output_contents=[] if mode[0] == "nothing" else [answer.tobytes()],
+            )
+
+    mode = [""]
+    with ThreadPoolExecutor(4) as pool:
+        server = grpc.server(pool)
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(
+                getattr(Least(), method), kind.FromString, lambda answer: answer.SerializeToString()
+            )
+            for name, method, kind in (
+                ("ModelReady", "model_ready", oip.ModelReadyRequest),
+                ("ModelMetadata", "model_metadata", oip.ModelMetadataRequest),
+                ("ModelInfer", "model_infer", oip.ModelInferRequest),
+            )
+        }
+        handler = grpc.method_handlers_generic_handler(INFERENCE.full_name, methods)
+        server.add_generic_rpc_handlers((handler,))
+        server.add_insecure_port(f"unix:{path}")
+        server.start()
+        try:
+            deploy(site, path)
+            value = {"x": np.arange(3, dtype=np.float32)}
+            assert client.infer("served", value)["x"].tolist() == [0, 1, 2]
+            for mode[0] in ("short", "wrong", "nothing"):
+                with pytest.raises(ScoringError) as failed:
+                    client.infer("served", value)
+                assert failed.value.code is Code.INTERNAL
+                assert str(path) in failed.value.message
+        finally:
+            server.stop(None).wait()
 
 
 def test_wrong_requests(site, path, tmp_path) -> None:

@@ -26,7 +26,6 @@ from gatelet.agent.runtime.policy import (
 )
 from gatelet.agent.runtime.scoring_module import (
     is_scoring,
-    model_name,
     scoring_socket,
     shared_folder,
 )
@@ -366,11 +365,6 @@ def test_scoring_modules_share_a_folder():
     assert "where gatelet mounts the scoring socket" in refusal(taken, **by_image)
     long = {"image_labels": {SCORING_LABEL: ""}, "run_dir": PurePosixPath("/" + "r" * 90)}
     assert "more than 107 bytes" in refusal({}, **long)
-    assert [model_name({SCORING_LABEL: v}, "cam") for v in ("", "true", "digits")] == [
-        "cam",
-        "cam",
-        "digits",
-    ]
 
 
 def test_names_that_docker_refuses():
