@@ -123,7 +123,12 @@ def _docker(config: AgentConfig) -> ContainerRuntime:
 
 
 def _protected(config: AgentConfig) -> tuple[str, ...]:
+    """Host paths that no module may have unless the policy names them."""
     device = config.device
     return protected_paths(
-        str(device.state_dir.absolute()), str(device.run_dir.absolute()), str(config.docker.socket)
+        str(config.docker.socket),
+        "/run/docker.sock",
+        "/run/containerd",
+        str(device.state_dir.absolute()),
+        str(device.run_dir.absolute()),
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from ..accelerators.notify import Notifier
 from .clock import Clock, SystemClock
 from .conditions import Condition, Start, conditions, note_starts
 from .config import AgentConfig, ConfigError, read_secret
@@ -84,7 +85,13 @@ async def run_agent(config: AgentConfig) -> int:
         links = transports(config)
         outbox = open_outbox(config, SystemClock()) if links else None
         try:
-            await Agent(config, store, SystemClock(), links, outbox).run(stop)
+            agent = Agent(config, store, SystemClock(), links, outbox)
+            notifier = Notifier.from_environment()
+            signs = asyncio.ensure_future(notifier.beat())
+            try:
+                await agent.run(stop, notifier.ready)
+            finally:
+                signs.cancel()
         finally:
             if outbox is not None:
                 await outbox.close()
@@ -211,9 +218,13 @@ class Agent:
         # Once: it reads and parses the metadata file, and a report is made with every pass.
         self._version = AgentVersion(version("gatelet"))
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Run until `stop` is set or a part of the agent fails, whose error is raised."""
+    async def run(self, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
+        """Run until `stop` is set or a part of the agent fails, whose error is raised.
+
+        `ready` is called once commands are answered.
+        """
         await self._control.start()
+        ready()
         log.info("agent ready on %s", self._config.agent_socket)
         work = [
             stop.wait(),

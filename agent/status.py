@@ -114,11 +114,27 @@ def deployment_document(
         "phase": latest.phase,
         "description": latest.description,
         "received": latest.received,
+        "outcome": outcome(snapshot, latest, last_good),
         "rolledBack": latest.phase == "failed" and last_good is not None,
         "lastGood": None
         if last_good is None
         else {"generation": last_good.generation, "version": last_good.version},
     }
+
+
+def outcome(snapshot: Snapshot, latest: Deployment, last_good: Deployment | None) -> str:
+    """What became of the newest deployment: "applying", "probation", "good", or of a failed one
+    "rollingBack", "rolledBack", "unableToRollBack"."""
+    if latest.phase != "failed":
+        return latest.phase
+    goal, plan = snapshot.goal, snapshot.plan
+    if last_good is None:
+        return "unableToRollBack"
+    if goal is None or plan is None or not goal.rolled_back:
+        return "rollingBack"
+    if any(not failure.retryable for failure in plan.blocked):
+        return "unableToRollBack"
+    return "rolledBack" if plan.settled else "rollingBack"
 
 
 def desired_status(
