@@ -66,7 +66,7 @@ def reference(files: Files, key: PrivateKey, manifest: dict[str, Any], generatio
 
 
 async def test_a_device_takes_what_is_signed_and_never_an_older_one(
-    device: Any, make_deployment: Deployment, files: Files
+    device: Any, make_deployment: Deployment, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = ec.generate_private_key(ec.SECP256R1())
     pem = pair.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
@@ -126,6 +126,27 @@ async def test_a_device_takes_what_is_signed_and_never_an_older_one(
         lambda r: r.get("lastDesiredVersion") == version and r["lastDesiredStatus"]["code"] == 409
     )
     assert "older than 2" in reported["lastDesiredStatus"]["description"]
+    await device.until_reported(
+        lambda r: r.get("modules", {}).get("digits", {}).get("runtimeStatus") == "running"
+    )
     accuracy, versions = await device.accuracy()
     assert accuracy > 0.9
     assert versions == {"2"}
+
+    # The same from a file on the device, waiting for the manifest and for its modules.
+    async def apply(document: dict[str, Any]) -> int:
+        file = device.folder / "document.json"
+        file.write_text(json.dumps(document))
+        words = ["apply", str(file), "--wait", "--timeout", "30", "--config", str(config)]
+        return await asyncio.to_thread(main, words)
+
+    third = reference(files, key, make_deployment(image=first), 3)
+    held = files.pop("/3.json")
+    applied = asyncio.ensure_future(apply(third))
+    await device.until(lambda status: bool(status["fetch"] and status["fetch"]["error"]))
+    assert not applied.done()
+    files["/3.json"] = held
+    assert await applied == 0
+    assert (await device.accuracy())[1] == {"1"}
+    assert await apply(one) == 1
+    assert "(409): signed.generation" in capsys.readouterr().err
