@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from .tensors import Array, TensorSpec
+from .signature import TensorSpec
+
+if TYPE_CHECKING:
+    from .tensors import Array
 
 
 @dataclass(frozen=True, slots=True)

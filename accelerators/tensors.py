@@ -1,4 +1,4 @@
-"""Open Inference Protocol datatypes, and the signature of a model in their terms.
+"""Open Inference Protocol datatypes, and the numpy arrays that hold them.
 
 Source: Open Inference Protocol v2, "Tensor Data Types". In memory a tensor is a C-contiguous
 numpy array of the dtype below; BYTES is an object array of `bytes`.
@@ -6,10 +6,12 @@ numpy array of the dtype below; BYTES is an object array of `bytes`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
+
+from .signature import TensorSpec, shape_matches
+
+__all__ = ["DATATYPES", "NUMPY_DTYPES", "Array", "TensorSpec", "shape_matches"]
 
 Array = npt.NDArray[np.generic]
 
@@ -32,29 +34,3 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 
 DATATYPES: dict[np.dtype[np.generic], str] = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 """numpy dtype -> OIP datatype name."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output of a model.
-
-    `shape` holds one entry per dimension, -1 where the size is free (the first one is the batch).
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.datatype}[{','.join(map(str, self.shape))}]"
-
-
-def shape_matches(spec: tuple[int, ...], actual: tuple[int, ...]) -> bool:
-    """Whether `actual` fits `spec`, where -1 in `spec` stands for any size (0 included)."""
-    if len(spec) != len(actual):
-        return False
-    # A plain loop: this is run for every tensor of every request.
-    for want, have in zip(spec, actual):  # noqa: B905, SIM110
-        if want != have and want != -1:
-            return False
-    return True

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..accelerators.backend import Variant
-from ..accelerators.tensors import NUMPY_DTYPES, TensorSpec
+from ..accelerators.signature import DATATYPE_NAMES, TensorSpec
 from .errors import InvalidModel
 
 MODEL_FILE = "model.json"
@@ -199,10 +199,10 @@ def _check_tensors(path: str, specs: Sequence[TensorSpec]) -> None:
         if spec.name in seen:
             raise _invalid(f"{here}.name", f"found {spec.name!r} again, expected unique names")
         seen.add(spec.name)
-        if spec.datatype not in NUMPY_DTYPES:
+        if spec.datatype not in DATATYPE_NAMES:
             raise _invalid(
                 f"{here}.datatype",
-                f"found {spec.datatype!r}, expected one of {', '.join(NUMPY_DTYPES)}",
+                f"found {spec.datatype!r}, expected one of {', '.join(DATATYPE_NAMES)}",
             )
         if len(spec.shape) > MAX_RANK:
             raise _invalid(
