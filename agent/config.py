@@ -147,6 +147,7 @@ class ScoringConfig(_Section, frozen=True):
     `memory_budget_mb`: MiB that models may take before the one longest unused leaves memory until
     it is asked again; 0 for no limit. Other addresses than loopback and Unix sockets need `tls`,
     unless `allow_insecure`. `rate_per_second`: of one client's requests, 0 for no limit.
+    `access_log_sample` and `trace_sample` are parts of 1; `otlp_url` takes OTLP over HTTP.
     """
 
     grpc_address: str = "127.0.0.1:8001"
@@ -157,6 +158,9 @@ class ScoringConfig(_Section, frozen=True):
     cors_origins: tuple[str, ...] = ()
     rate_per_second: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     rate_burst: Annotated[int, msgspec.Meta(ge=1)] = 100
+    access_log_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    otlp_url: str = ""
+    trace_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     tls: ScoringTlsConfig | None = None
     tokens: ScoringTokensConfig | None = None
 

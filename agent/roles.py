@@ -79,7 +79,7 @@ def run_scoring_role(config: AgentConfig) -> int:
             http_address=config.scoring.http_address,
             metrics_address=config.scoring.metrics_address,
             memory_budget_mb=config.scoring.memory_budget_mb,
-            **_security(config),
+            **_access_options(config),
             control_socket=str(config.scoring_socket),
             fabric_socket=None if board is None else str(config.fabric_socket),
             board=None if board is None else board.name,
@@ -88,7 +88,7 @@ def run_scoring_role(config: AgentConfig) -> int:
     )
 
 
-def _security(config: AgentConfig) -> dict[str, Any]:
+def _access_options(config: AgentConfig) -> dict[str, Any]:
     from .scoring.rate import RateLimit
     from .scoring.tls import TlsSettings
     from .scoring.tokens import TokenSettings
@@ -99,6 +99,9 @@ def _security(config: AgentConfig) -> dict[str, Any]:
         "keys_dir": str(config.scoring_keys_dir),
         "allow_insecure": scoring.allow_insecure,
         "cors_origins": scoring.cors_origins,
+        "access_log_sample": scoring.access_log_sample,
+        "otlp_url": scoring.otlp_url,
+        "trace_sample": scoring.trace_sample,
         "rate": RateLimit(scoring.rate_per_second, scoring.rate_burst)
         if scoring.rate_per_second
         else None,

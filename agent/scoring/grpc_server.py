@@ -12,6 +12,7 @@ from ...protos.services import HEALTH, INFERENCE, handlers
 from .access import Access
 from .dataplane import DataPlane
 from .grpc_service import HealthService, InferenceService, StreamPool
+from .observation import Observer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class GrpcServer:
         limits: GrpcLimits | None = None,
         access: Access | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """`address`: host:port (port 0: any free one) or unix:path. Raises AddressUnavailable."""
         limits = limits or GrpcLimits()
@@ -59,7 +61,7 @@ class GrpcServer:
             options=_options(limits),
             maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
         )
-        inference = handlers(INFERENCE, InferenceService(plane, self._streams, access))
+        inference = handlers(INFERENCE, InferenceService(plane, self._streams, access, observer))
         health = handlers(HEALTH, HealthService(plane, self._streams))
         self._server.add_generic_rpc_handlers((inference, health))
         try:

@@ -21,6 +21,7 @@ from . import repository
 from .access import Access, Caller
 from .dataplane import DataPlane
 from .errors import DEFECT, Code, ScoringError
+from .observation import TIMING_HEADER, Observer, Served, server_timing
 from .oip_messages import decode_request, encode_metadata, encode_response
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _STATUS = {code: grpc.StatusCode[code.value] for code in Code}
 # Deadlines further away than this are no deadlines (grpcio gives infinity without one).
 _LONGEST_SECONDS = 10_000_000.0
 _WATCH_SECONDS = 0.5
+_FAULTS = frozenset({"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
 
 T = TypeVar("T", bound=Message)
 
@@ -96,10 +98,17 @@ class StreamPool:
 class InferenceService:
     """One method per rpc of `inference.GRPCInferenceService`."""
 
-    def __init__(self, plane: DataPlane, streams: StreamPool, access: Access | None = None) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        streams: StreamPool,
+        access: Access | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self._plane = plane
         self._streams = streams
         self._access = access or Access(plane)
+        self._observer = observer or Observer()
         self._memory = plane.shared_memory
         self.model_stream_infer = streams.served(self._stream)
 
@@ -160,12 +169,50 @@ class InferenceService:
         self, request: oip.ModelInferRequest, context: grpc.ServicerContext
     ) -> oip.ModelInferResponse:
         headers = _headers(context)
-        return self._guarded(
-            context,
+
+        def infer() -> oip.ModelInferResponse:
+            return self._infer(request, _deadline(context), headers)
+
+        if not self._observer.active and TIMING_HEADER not in headers:
+            return self._guarded(context, request.model_name, infer, headers)
+        started, version = time.monotonic(), ""
+        try:
+            answer = self._guarded(context, request.model_name, infer, headers)
+            version = answer.model_version
+            if TIMING_HEADER in headers:
+                timing = server_timing(started, 0.0, 0.0)
+                context.set_trailing_metadata((("server-timing", timing),))
+            return answer
+        finally:
+            self._observe(context, request, headers, started, version)
+
+    def _observe(
+        self,
+        context: grpc.ServicerContext,
+        request: oip.ModelInferRequest,
+        headers: Mapping[str, str],
+        started: float,
+        version: str,
+    ) -> None:
+        if not self._observer.active:
+            return
+        now = time.monotonic()
+        # Set by an abort; typeshed's stubs do not know the method.
+        code: Any = context.code()  # type: ignore[attr-defined]
+        status = code.name if isinstance(code, grpc.StatusCode) else "OK"
+        served = Served(
+            "grpc",
+            "infer",
             request.model_name,
-            lambda: self._infer(request, _deadline(context), headers),
-            headers,
+            version,
+            status,
+            status in _FAULTS,
+            now - started,
+            now,
+            _caller(context, headers).address,
+            request.id,
         )
+        self._observer.note(served, headers)
 
     def _infer(
         self, message: oip.ModelInferRequest, deadline: float | None, headers: Mapping[str, str]

@@ -27,6 +27,9 @@ class Call:
     endpoint: str = ""
     version: str = ""
     on_loop: bool = True
+    # Moments of time.monotonic(); 0: not reached.
+    submitted: float = 0.0
+    computed: float = 0.0
     # Bytes of the server's that the unpacked body takes.
     reserved: int = 0
 

@@ -27,6 +27,7 @@ from .http_types import (
     retry_after,
 )
 from .instances import Instance
+from .observation import TIMING_HEADER, Observer, Served, server_timing
 from .oip_json import DecodedJson, decode_json, decode_only_tensor, encode_json
 from .routing import DEPLOYMENT_HEADER
 from .score_json import Score, decode_query, decode_score, encode_score
@@ -64,6 +65,7 @@ class HttpService:
         *,
         access: Access | None = None,
         origins: Collection[str] = (),
+        observer: Observer | None = None,
     ) -> None:
         """`origins`: of web pages that may call, "*" for all.
 
@@ -71,6 +73,7 @@ class HttpService:
         counted.
         """
         self._host = host
+        self._observer = observer or Observer()
         self._access = access or Access(plane)
         self._origins = frozenset(origins)
         # Instances with requests of this turn; only the loop touches it.
@@ -186,6 +189,11 @@ class HttpService:
                 ("Vary", "Origin"),
             ]
         extra += call.headers
+        if TIMING_HEADER in headers:
+            timing = server_timing(call.started, call.submitted, call.computed)
+            extra.append(("Server-Timing", timing))
+        if self._observer.active:
+            self._observe(call, response.status)
         call.request.respond(
             HttpResponse(response.status, body, response.content_type, tuple(extra))
         )
@@ -195,6 +203,22 @@ class HttpService:
             if not self._host.reserve(size):
                 raise Refusal(503, "too much is being received already; try again", retry_after(1))
             call.reserved = size
+
+    def _observe(self, call: Call, status: int) -> None:
+        now, request = monotonic(), call.request
+        served = Served(
+            "http",
+            call.operation or "unknown",
+            call.endpoint or call.params.get("model", ""),
+            call.version,
+            str(status),
+            status >= 500 or status == 424,
+            now - call.started,
+            now,
+            request.client,
+            request.headers.get("x-request-id", ""),
+        )
+        self._observer.note(served, request.headers)
 
     # --- web pages
 
@@ -266,7 +290,10 @@ class HttpService:
         inference: InferenceRequest,
         encode: Callable[[InferenceResponse], HttpResponse],
     ) -> None:
+        call.submitted = monotonic()
+
         def done(answer: InferenceResponse | ScoringError) -> None:
+            call.computed = monotonic()
             if isinstance(answer, ScoringError):
                 self._fail(call, answer)
                 return

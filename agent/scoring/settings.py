@@ -20,7 +20,10 @@ class ScoringSettings:
 
     `keys_dir`: where the endpoints' keys are. Other addresses than loopback and Unix sockets need
     `tls`, and keys, tokens or certificates of clients, unless `allow_insecure`. `cors_origins`:
-    of web pages that may call ("*": all). `rate`: of each client's requests."""
+    of web pages that may call ("*": all). `rate`: of each client's requests.
+
+    `access_log_sample`: which part of the requests is logged, 0 for none. `otlp_url`: of an
+    OpenTelemetry collector's traces; `trace_sample`: of requests that bring no trace."""
 
     control_socket: str
     grpc_address: str = "127.0.0.1:8001"
@@ -40,3 +43,6 @@ class ScoringSettings:
     allow_insecure: bool = False
     cors_origins: tuple[str, ...] = ()
     rate: RateLimit | None = None
+    access_log_sample: float = 0.0
+    otlp_url: str = ""
+    trace_sample: float = 0.0

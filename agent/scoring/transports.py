@@ -15,7 +15,9 @@ from .http_server import HttpServer
 from .http_service import HttpService
 from .http_types import HttpLimits
 from .keys import KeyStore
-from .prometheus import MetricsService
+from .observation import Observer
+from .otlp import OtlpExporter
+from .prometheus import MetricsService, MetricsSource
 from .settings import ScoringSettings
 from .tls import TlsFiles, TlsUnusable
 from .tokens import TokensUnusable, TokenVerifier
@@ -39,11 +41,24 @@ class Transports:
         self.grpc_address = self.http_address = self.metrics_address = ""
         self._grpc: GrpcServer | None = None
         access = make_access(plane, settings)
+        self._spans = (
+            OtlpExporter(settings.otlp_url, "gatelet-scoring", plane.server_metadata().version)
+            if settings.otlp_url
+            else None
+        )
+        observer = Observer(settings.access_log_sample, self._spans, settings.trace_sample)
         with ExitStack() as undo:
+            if self._spans is not None:
+                undo.callback(self._spans.close)
             self._http = HttpServer(http)
             undo.callback(self._http.stop, 0.0)
             self._service = HttpService(
-                plane, http, self._http, access=access, origins=settings.cors_origins
+                plane,
+                http,
+                self._http,
+                access=access,
+                origins=settings.cors_origins,
+                observer=observer,
             )
             undo.callback(self._service.close)
             if settings.http_address:
@@ -51,14 +66,16 @@ class Transports:
                     settings.http_address, self._service, _tls(settings)
                 )
             if settings.metrics_address:
-                metrics = MetricsService(plane, (self._http, access), access)
+                metrics = MetricsService(plane, self._sources(access), access)
                 self.metrics_address = self._http.listen(
                     settings.metrics_address, metrics, _tls(settings)
                 )
             if settings.grpc_address:
                 tls = _tls(settings)
                 credentials = None if tls is None else tls.credentials()
-                self._grpc = GrpcServer(plane, settings.grpc_address, limits, access, credentials)
+                self._grpc = GrpcServer(
+                    plane, settings.grpc_address, limits, access, credentials, observer
+                )
                 self.grpc_address = self._grpc.address
             undo.pop_all()
 
@@ -75,6 +92,12 @@ class Transports:
             self._grpc.stop(drain)
         ending.join()
         self._service.close()
+        if self._spans is not None:
+            self._spans.close()
+
+    def _sources(self, access: Access) -> tuple[MetricsSource, ...]:
+        spans = () if self._spans is None else (self._spans,)
+        return (self._http, access, *spans)
 
 
 def make_access(plane: DataPlane, settings: ScoringSettings) -> Access:
