@@ -56,9 +56,10 @@ from .status import (
     deployment_document,
     desired_status,
     status_document,
+    stuck,
     telemetry_document,
 )
-from .steps import Executor, Images, ScoringControl, StepFailed
+from .steps import Executor, Images, Progress, ScoringControl, StepFailed
 from .store import StateStore, StoreError
 from .telemetry import LifecycleEvents, Upstream
 from .trust import load_trust
@@ -70,6 +71,7 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0
 LOCAL = "local"
 ENGINE_SEEN = "engine-seen"
+PROGRESS_SECONDS = 10.0
 
 
 async def run_agent(config: AgentConfig) -> int:
@@ -212,6 +214,8 @@ class Agent:
             config.agent_socket, self._apply, self._status, self._operations
         )
         self._snapshot = Snapshot()
+        self._told_progress: tuple[tuple[str, Progress], ...] = ()
+        self._told_at = 0.0
         self._starts: dict[str, Start] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._began = clock.now()
@@ -280,6 +284,7 @@ class Agent:
 
     def _publish(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self._tell_progress()
         if snapshot.observed is not None and snapshot.observed.engine == "up":
             self._note_engine()
         self._starts = note_starts(self._starts, snapshot, self._clock.now())
@@ -292,6 +297,14 @@ class Agent:
         notice = asyncio.ensure_future(self._control.changed())
         self._notices.add(notice)
         notice.add_done_callback(self._notices.discard)
+
+    def _tell_progress(self) -> None:
+        """Reports take part in a hub's quota: how far a pull is goes into them now and then."""
+        progress = self._snapshot.progress
+        now = self._clock.monotonic()
+        others = {name for name, _ in progress} != {name for name, _ in self._told_progress}
+        if others or now - self._told_at >= PROGRESS_SECONDS:
+            self._told_progress, self._told_at = progress, now
 
     def _note_engine(self) -> None:
         """From now on an engine is missed when it is away."""
@@ -314,7 +327,7 @@ class Agent:
             self._publisher.publish(source, shutdown_report(self._report(source)))
 
     def _report(self, source: str) -> dict[str, Any]:
-        snapshot = self._snapshot
+        snapshot = replace(self._snapshot, progress=self._told_progress)
         latest, last_good = self._store.latest(), self._store.last_good()
         seen = {entry.source: entry for entry in self._store.seen()}
         manifest = snapshot.manifest
@@ -322,7 +335,7 @@ class Agent:
         system = {} if manifest is None else {m.name: m for m in manifest.system_modules}
         details: dict[str, Any] = {
             "device": self._config.device_id,
-            "deployment": deployment_document(snapshot, latest, last_good),
+            "deployment": deployment_document(snapshot, latest, last_good, seen.get(source)),
         }
         if self._outbox is not None:
             telemetry = self._outbox.status()
@@ -346,7 +359,12 @@ class Agent:
                     awaited.desired_status()
                     if awaited is not None and awaited.pending.source == source
                     else desired_status(
-                        source, seen.get(source), latest, last_good, snapshot.failures
+                        source,
+                        seen.get(source),
+                        latest,
+                        last_good,
+                        snapshot.failures,
+                        stuck(snapshot),
                     )
                 )
             ),

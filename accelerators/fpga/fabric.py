@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BackendError, LoadError
+from ..notify import Notifier
 from ..parent import die_with_parent
 from ..process_log import BoundedLogFile
 from .board import Board, board_named, detect_board
@@ -78,11 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(about, flush=True)
     _LOG.info("%s", about)
-    while not stop.wait(1.0):
+    notifier = Notifier.from_environment()
+    notifier.ready()
+    while not stop.wait(min(1.0, notifier.interval or 1.0)):
+        notifier.alive()
         if server.stuck:
             _LOG.error("pynq does not return; ending so that the supervisor starts a new process")
             logging.shutdown()
             os._exit(1)
+    notifier.stopping()
     server.stop()
     return 0
 

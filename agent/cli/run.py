@@ -55,6 +55,9 @@ def _run(arguments: argparse.Namespace) -> int:
         except ConfigError as error:
             raise CommandError(str(error)) from error
     if arguments.role == "scoring":
+        # Before a library starts threads: one that does not block the signals that the main thread
+        # waits for could take them, and the process would end without draining.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         from ..roles import run_scoring_role
 
         return run_scoring_role(config)

@@ -20,6 +20,7 @@ import grpc
 
 from ...accelerators.backend import Backend
 from ...accelerators.cpu import CpuBackend
+from ...accelerators.notify import Notifier
 from ...accelerators.parent import die_with_parent
 from ...protos.services import SCORING, handlers
 from .control_service import ControlService
@@ -116,7 +117,15 @@ def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> i
     ending = threading.Event()
     # Not on this thread: a hanging accelerator must not keep a signal waiting.
     threading.Thread(target=_retry, args=(service, ending), name="retry", daemon=True).start()
+    notifier = Notifier.from_environment()
+    if notifier.interval is not None:
+        # The signals stay waited for without a pause: between two waits, a thread of some library
+        # that does not block them would end the process.
+        signs = (notifier, notifier.interval, ending)
+        threading.Thread(target=_beat, args=signs, name="signs", daemon=True).start()
+    notifier.ready()
     received = signal.sigwait(_SIGNALS)
+    notifier.stopping()
     log.info("%s: draining", signal.Signals(received).name)
     ending.set()
     plane.stop()
@@ -125,6 +134,11 @@ def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> i
     service.close()
     log.info("scoring ended")
     return 0
+
+
+def _beat(notifier: Notifier, interval: float, ending: threading.Event) -> None:
+    while not ending.wait(interval):
+        notifier.alive()
 
 
 def _retry(service: ControlService, ending: threading.Event) -> None:
