@@ -31,7 +31,8 @@ class Element:
     `kind` is "integer" (value = code / 2 ** fraction, from `low` to `high`), "bipolar" (bit 0 is
     -1) or "float" (IEEE, 32 or 64 bits). `rounding` and `overflow` say what becomes of a value
     between or outside of the codes, as in C++ (UG902, "Arbitrary Precision Fixed-Point"); None
-    refuses it, as FINN does.
+    refuses it, as FINN does. A bipolar element with rounding "SIGN" takes every number by its sign,
+    0 as positive.
     """
 
     name: str
@@ -160,6 +161,10 @@ def to_codes(values: Array, element: Element) -> Array:
         if full or _within(values, element):
             return np.ascontiguousarray(values)
     if element.kind == "bipolar":
+        if element.rounding == "SIGN":
+            if np.isnan(np.asarray(values, np.float64)).any():
+                raise InvalidTensor("the tensor contains NaN, which has no sign")
+            return np.where(np.greater_equal(values, 0), 1, -1).astype(container)
         if not np.all((values == 1) | (values == -1)):
             raise _refused(values, element, (values != 1) & (values != -1))
         return np.asarray(values).astype(container)

@@ -159,6 +159,7 @@ class FabricServer:
             "transfers": counters["transfers"],
             "dmaErrors": counters["dma_errors"],
             "hangs": counters["hangs"],
+            "replaced": counters["replaced"],
             "requests": self._requests,
             "expired": self._expired,
             "queued": self._jobs.qsize(),

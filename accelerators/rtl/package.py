@@ -25,7 +25,7 @@ from .offload import Offload, Patches
 from .program import INSTRUCTION_WORDS, LayerCost, Program
 
 MAGIC = b"GTLTPRG1"
-PROGRAM_FILE, OFFLOAD_FILE = "program.bin", "offload.json"
+PROGRAM_FILE, OFFLOAD_FILE, OVERLAY_FILE = "program.bin", "offload.json", "overlay.json"
 BEFORE_FILE, AFTER_FILE = "before.onnx", "after.onnx"
 _LIMIT = 64 << 20
 
@@ -104,7 +104,7 @@ class Halves:
 
 
 def write_offload(directory: Path, offload: Offload) -> str:
-    """Write the four files; gives the sha256 of program.bin."""
+    """Write program.bin, offload.json and the ONNX files; gives the sha256 of program.bin."""
     directory.mkdir(parents=True, exist_ok=True)
     content = encode_program(offload.program)
     (directory / PROGRAM_FILE).write_bytes(content)
@@ -127,6 +127,41 @@ def write_offload(directory: Path, offload: Offload) -> str:
         if part is not None:
             (directory / name).write_bytes(part)
     return hashlib.sha256(content).hexdigest()
+
+
+def write_package(
+    directory: Path, offload: Offload, *, name: str, board: str, part: str, clock_mhz: float,
+    dma: str = "axi_dma_0", core: str = "core", max_batch: int = 64,
+) -> None:  # fmt: skip
+    """Describe `offload` beside `directory`/`name`.bit and .hwh, as the Vivado script makes them.
+
+    Writes overlay.json and what `write_offload` does. Raises OSError without the bitstream.
+    """
+    bitstream = (directory / f"{name}.bit").read_bytes()
+    program_sha256 = write_offload(directory, offload)
+
+    def port(tensor: str, size: int) -> dict[str, Any]:
+        return {"name": tensor, "datatype": "INT8", "shape": [-1, size]}
+
+    manifest = {
+        "schema": 1,
+        "kind": "gatelet-rtl",
+        "name": name,
+        "board": board.lower(),
+        "part": part,
+        "clockMhz": clock_mhz,
+        "bitstream": f"{name}.bit",
+        "handoff": f"{name}.hwh",
+        "sha256": hashlib.sha256(bitstream).hexdigest(),
+        "dma": dma,
+        "core": core,
+        "program": PROGRAM_FILE,
+        "programSha256": program_sha256,
+        "maxBatch": max_batch,
+        "inputs": [port(offload.source, offload.program.in_bytes)],
+        "outputs": [port(offload.target, offload.program.out_bytes)],
+    }
+    (directory / OVERLAY_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
 
 
 def read_offload(directory: Path) -> Halves:

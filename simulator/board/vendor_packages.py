@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ from ...accelerators.fpga.bitfile import Bitfile, encode_bitfile
 from ...accelerators.fpga.elements import finn_element
 from ...accelerators.fpga.package import Package
 from ...accelerators.fpga.packages import probe
-from ...accelerators.fpga.packages.overlay_json import OVERLAY_JSON
 from ...accelerators.rtl.offload import Offload
-from ...accelerators.rtl.package import PROGRAM_FILE, write_offload
+from ...accelerators.rtl.package import write_package
 from .bitstream import DATE, TIME, header_part
 from .container import Container, encode_container
 from .handoff import LiteCore, StreamDesign, encode_handoff
@@ -264,30 +262,9 @@ def write_rtl_package(
         core_vlnv="gatelet:rtl:gatelet_core:1.0",
         lite=(LiteCore("core", "gatelet:rtl:gatelet_core:1.0", _BASE, size=0x1000),),
     )
-    bit = directory / f"{name}.bit"
-    write_bitstream(bit, part, Container(engine), design)
-    program_sha256 = write_offload(directory, offload)
-
-    def port(tensor: str, size: int) -> dict[str, Any]:
-        return {"name": tensor, "datatype": "INT8", "shape": [-1, size]}
-
-    manifest = {
-        "schema": 1,
-        "kind": "gatelet-rtl",
-        "name": name,
-        "board": board.lower(),
-        "part": part,
-        "clockMhz": clock_mhz,
-        "bitstream": bit.name,
-        "handoff": f"{name}.hwh",
-        "sha256": hashlib.sha256(bit.read_bytes()).hexdigest(),
-        "dma": design.dma,
-        "core": "core",
-        "program": PROGRAM_FILE,
-        "programSha256": program_sha256,
-        "maxBatch": max_batch,
-        "inputs": [port(offload.source, math.prod(program.input))],
-        "outputs": [port(offload.target, math.prod(program.output))],
-    }
-    (directory / OVERLAY_JSON).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    write_bitstream(directory / f"{name}.bit", part, Container(engine), design)
+    write_package(
+        directory, offload, name=name, board=board, part=part, clock_mhz=clock_mhz,
+        max_batch=max_batch,
+    )  # fmt: skip
     return probe(directory)

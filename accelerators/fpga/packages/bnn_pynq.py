@@ -8,6 +8,7 @@ and src/network/*/hw/config.h.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import LoadError
@@ -66,7 +67,8 @@ def read_bnn_pynq(directory: Path, files: list[Path], signature: Signature) -> P
         raise LoadError(
             f"{directory}: no LAYER-UNIT-weights.bin; copy the network's folder of bnn/params"
         )
-    bipolar, binary = finn_element("BIPOLAR"), finn_element("BINARY")
+    bipolar = replace(finn_element("BIPOLAR"), rounding="SIGN")
+    binary = finn_element("BINARY")
     image = PackedWire(bipolar, 1, _PIXELS, _INPUT_BYTES - _PIXELS // 8)
     inputs = (Port(TensorSpec("in0", "INT8", (-1, _PIXELS)), image),)
     outputs = (Port(TensorSpec("out0", "UINT8", (-1, _CLASSES)), PackedWire(binary, 1, _CLASSES)),)
