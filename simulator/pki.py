@@ -108,7 +108,7 @@ class Pki:
         """An authority below the site's, made once; `device` issues from it."""
         files = self._files(f"intermediate.{name}", None)
         with self._locked():
-            if not files.certificate.exists():
+            if not self._is_issued(files, "site"):
                 self._issue(
                     files,
                     f"gatelet intermediate {name}"[:64],
@@ -135,7 +135,7 @@ class Pki:
         way = "self" if self_signed else "site" if issuer is None else issuer.certificate.stem
         files = self._files(f"device.{common_name}.{way}.{version}", passphrase)
         with self._locked():
-            if not self._is_device(files, way):
+            if not self._is_issued(files, way):
                 signer = None if self_signed else self._issuer(issuer)
                 self._issue(files, common_name, signer, lifetime, False)
         return files
@@ -285,8 +285,8 @@ class Pki:
         )
         return issued_here and self._fresh(certificate) and {*map(_general_name, names)} <= {*san}
 
-    def _is_device(self, files: CertificateFiles, way: str) -> bool:
-        """Whether it was issued, and by the authority of today."""
+    def _is_issued(self, files: CertificateFiles, way: str) -> bool:
+        """Whether it is there, and from today's authority where it is this one's."""
         if not files.certificate.exists() or not files.key.exists():
             return False
         try:

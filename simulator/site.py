@@ -58,7 +58,10 @@ class Site:
             )
             if settings.edge_modules:
                 trusted = self._pki.ca_file.read_text()
-                self._edge = EdgeDevice(self._hub.core, settings.device, trusted, folder / "edge")
+                issuer = self._pki.intermediate(f"edge CA {settings.device}")
+                self._edge = EdgeDevice(
+                    self._hub.core, settings.device, trusted, folder / "edge", issuer
+                )
         if BROKER in parts:
             password = _password(folder / "broker-password")
             self._broker = SiteBroker(settings, self._pki, password)

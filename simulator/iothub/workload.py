@@ -1,9 +1,11 @@
 """What an IoT Edge device offers on Unix sockets to its modules and to its edgeAgent.
 
-The workload API (`GET /trust-bundle`, `POST /modules/{name}/genid/{generation}/sign`) is what
-`IoTHubModuleClient.create_from_edge_environment` calls; the identity calls exist in both of their
-forms: the management API's `/identities` (edgelet, from 2018-06-28) and the identity service's
-`/identities/modules` with the keys service's `POST /sign` (aziot, from 2020-09-01).
+The workload API is `GET /trust-bundle` and `POST /modules/{name}/genid/{generation}/sign`, which
+`IoTHubModuleClient.create_from_edge_environment` calls, `encrypt`, `decrypt` and
+`certificate/server` next to `sign`, and `/modules/{name}/certificate/identity`. The identity calls
+exist in both of their forms: the management API's `/identities` (edgelet, from 2018-06-28) and the
+identity service's `/identities/modules` with the keys service's `POST /sign` (aziot, from
+2020-09-01).
 
 Real devices know a caller by its user and process; here everybody on the socket is trusted, so the
 sockets are for their owner only (mode 0600).
@@ -11,8 +13,8 @@ sockets are for their owner only (mode 0600).
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import hmac
 import os
 from collections.abc import Awaitable, Callable
@@ -21,10 +23,12 @@ from typing import Any
 
 from aiohttp import web
 
+from ..pki import CertificateFiles
 from .devices import ClientId, Identity
 from .errors import HubError, invalid
 from .hub import Hub
 from .json_text import parse_json
+from .workload_crypto import EdgeAuthority, IssuedCertificate, seal, unseal
 
 _CLOSE_SECONDS = 2.0
 _MANAGED_BY = "iotedge"
@@ -36,14 +40,23 @@ class EdgeDevice:
     """The APIs of one simulated IoT Edge device on `{folder}/workload.sock`, `{folder}/mgmt.sock`.
 
     `hub` is the hub the device belongs to, `trust_bundle` the PEM of the authorities its modules
-    trust. Both sockets answer every call.
+    trust. `issuer` signs certificates for modules; without it they get none. Both sockets answer
+    every call.
     """
 
-    def __init__(self, hub: Hub, device: str, trust_bundle: str, folder: Path) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        device: str,
+        trust_bundle: str,
+        folder: Path,
+        issuer: CertificateFiles | None = None,
+    ) -> None:
         self._hub = hub
         self._device = device
         self._folder = folder
-        self._application = _make_application(hub, device, trust_bundle)
+        authority = None if issuer is None else EdgeAuthority(issuer, hub.clock)
+        self._application = _make_application(hub, device, trust_bundle, authority)
         self._runner: web.AppRunner | None = None
 
     @property
@@ -100,12 +113,20 @@ class EdgeDevice:
             (self._folder / name).unlink(missing_ok=True)
 
 
-def _make_application(hub: Hub, device: str, trust_bundle: str) -> web.Application:
-    routes = _Routes(hub, device, trust_bundle)
+def _make_application(
+    hub: Hub, device: str, trust_bundle: str, authority: EdgeAuthority | None
+) -> web.Application:
+    routes = _Routes(hub, device, trust_bundle, authority)
     application = web.Application(middlewares=[_errors])
     add = application.router
     add.add_get("/trust-bundle", routes.trust_bundle)
-    add.add_post("/modules/{module}/genid/{generation}/sign", routes.sign)
+    add.add_get("/manifest-trust-bundle", routes.manifest_trust_bundle)
+    module = "/modules/{module}/genid/{generation}"
+    add.add_post(module + "/sign", routes.sign)
+    add.add_post(module + "/encrypt", routes.encrypt)
+    add.add_post(module + "/decrypt", routes.decrypt)
+    add.add_post(module + "/certificate/server", routes.server_certificate)
+    add.add_post("/modules/{module}/certificate/identity", routes.identity_certificate)
     for form, base in (("edgelet", "/identities"), ("aziot", "/identities/modules")):
         calls = _Identities(routes, aziot=form == "aziot")
         one = base + ("/{module}" if form == "aziot" else r"/{module:(?!modules$|identity$)[^/]+}")
@@ -124,10 +145,13 @@ def _make_application(hub: Hub, device: str, trust_bundle: str) -> web.Applicati
 
 
 class _Routes:
-    def __init__(self, hub: Hub, device: str, trust_bundle: str) -> None:
+    def __init__(
+        self, hub: Hub, device: str, trust_bundle: str, authority: EdgeAuthority | None
+    ) -> None:
         self.hub = hub
         self.device = device
         self._trust_bundle = trust_bundle
+        self._authority = authority
 
     def identity(self, module: str) -> Identity:
         return self.hub.state.registry.get(ClientId.parse(f"{self.device}/{module}"))
@@ -135,10 +159,19 @@ class _Routes:
     async def trust_bundle(self, request: web.Request) -> web.Response:
         return web.json_response({"certificate": self._trust_bundle})
 
-    async def sign(self, request: web.Request) -> web.Response:
+    async def manifest_trust_bundle(self, request: web.Request) -> web.Response:
+        """Of signed manifests; there is none, which IoT Edge says with an empty text."""
+        return web.json_response({"certificate": ""})
+
+    def _caller(self, request: web.Request) -> Identity:
+        """Raises HubError 400 or 404."""
         identity = self.identity(request.match_info["module"])
         if request.match_info["generation"] != identity.generation:
             raise HubError(404, "NotFound", f"{identity.client} is of another generation")
+        return identity
+
+    async def sign(self, request: web.Request) -> web.Response:
+        identity = self._caller(request)
         call = await _object(request)
         if call.get("algo") != "HMACSHA256":
             raise invalid(f"algo must be HMACSHA256, not {call.get('algo')!r}")
@@ -147,6 +180,48 @@ class _Routes:
         if key is None:
             raise invalid(f"keyId is primary or secondary, not {call.get('keyId')!r}")
         return web.json_response({"digest": _digest(key, call.get("data"))})
+
+    async def encrypt(self, request: web.Request) -> web.Response:
+        identity, call = self._caller(request), await _object(request)
+        sealed = seal(
+            self._secret(),
+            f"{identity.client.module}{identity.generation}",
+            _bytes(call, "initializationVector"),
+            _bytes(call, "plaintext"),
+        )
+        return web.json_response({"ciphertext": base64.b64encode(sealed).decode()})
+
+    async def decrypt(self, request: web.Request) -> web.Response:
+        identity, call = self._caller(request), await _object(request)
+        vector, sealed = _bytes(call, "initializationVector"), _bytes(call, "ciphertext")
+        owner = f"{identity.client.module}{identity.generation}"
+        try:
+            plain = unseal(self._secret(), owner, vector, sealed)
+        except ValueError as error:
+            raise invalid(str(error)) from error
+        return web.json_response({"plaintext": base64.b64encode(plain).decode()})
+
+    async def server_certificate(self, request: web.Request) -> web.Response:
+        identity, call = self._caller(request), await _object(request)
+        name = call.get("commonName")
+        if not isinstance(name, str) or not name:
+            raise invalid("commonName is missing")
+        issue = self._issuing().server
+        return await _issued(issue, name, identity.client.module)
+
+    async def identity_certificate(self, request: web.Request) -> web.Response:
+        module = self.identity(request.match_info["module"]).client.module
+        issue = self._issuing().identity
+        return await _issued(issue, self.hub.host_name, self.device, module)
+
+    def _issuing(self) -> EdgeAuthority:
+        if self._authority is None:
+            raise HubError(501, "NotImplemented", "this device has no authority for certificates")
+        return self._authority
+
+    def _secret(self) -> bytes:
+        """As lasting as the device, and known to nobody else."""
+        return base64.b64decode(self.hub.state.registry.get(ClientId(self.device)).primary_key)
 
     async def own_identity(self, request: web.Request) -> web.Response:
         identity = self.hub.state.registry.get(ClientId(self.device))
@@ -248,9 +323,24 @@ async def _object(request: web.Request) -> dict[str, Any]:
     return body
 
 
+async def _issued(issue: Callable[..., IssuedCertificate], *arguments: str) -> web.Response:
+    try:
+        made = await asyncio.to_thread(issue, *arguments)
+    except ValueError as error:
+        raise invalid(f"no certificate for {arguments[0]!r}: {error}") from error
+    return web.json_response(made.as_json(), status=201)
+
+
+def _bytes(call: dict[str, Any], name: str) -> bytes:
+    try:
+        return base64.b64decode(call[name], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise invalid(f"{name} must be base64 text") from error
+
+
 def _digest(key: str, data: Any) -> str:
     try:
         message = base64.b64decode(data, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise invalid("what is to be signed must be base64 text") from error
     return base64.b64encode(hmac.digest(base64.b64decode(key), message, "sha256")).decode()

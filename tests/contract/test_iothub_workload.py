@@ -6,7 +6,9 @@ import asyncio
 import base64
 import gc
 import hmac
+import ssl
 from collections.abc import AsyncIterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ class Edge:
     def __init__(self, folder: Path) -> None:
         self.pki = Pki(folder / "pki")
         self.hub = IotHub(HOST, self.pki)
-        self.device = EdgeDevice(self.hub.core, "d1", self.pki.ca_file.read_text(), folder / "run")
+        trusted, issuer = self.pki.ca_file.read_text(), self.pki.intermediate("edge CA d1")
+        self.device = EdgeDevice(self.hub.core, "d1", trusted, folder / "run", issuer)
         self.hub.identity("d1")
         self.socket = folder / "run" / "mgmt.sock"
 
@@ -136,6 +139,88 @@ async def test_signatures_of_a_module(edge: Edge) -> None:
     await edge.call("POST", path.replace("m1", "m2", 1), call, expect=404)
     for bad in ({"algo": "MD5"}, {"keyId": "third"}, {"data": "%"}, {"data": None}):
         await edge.call("POST", path, {**call, **bad}, expect=400)
+
+
+async def test_sealed_for_one_module_and_one_generation(edge: Edge) -> None:
+    async def module(name: str) -> str:
+        return f"/modules/{name}/genid/{edge.hub.identity('d1', name).generation}"
+
+    vector = {"initializationVector": base64.b64encode(b"any length").decode()}
+    plain = base64.b64encode("geheim é".encode()).decode()
+    path = await module("m1")
+    sealed = await edge.call("POST", f"{path}/encrypt", {**vector, "plaintext": plain})
+    assert base64.b64decode(plain) not in base64.b64decode(sealed["ciphertext"])
+    call = {**vector, **sealed}
+    assert await edge.call("POST", f"{path}/decrypt", call) == {"plaintext": plain}
+    other = {**call, "initializationVector": base64.b64encode(b"another").decode()}
+    for wrong in (other, {**call, "ciphertext": "AAAA"}, {**call, "ciphertext": 5}, vector, {}):
+        await edge.call("POST", f"{path}/decrypt", wrong, expect=400)
+    await edge.call("POST", f"{await module('m2')}/decrypt", call, expect=400)
+    await edge.call("POST", "/modules/m1/genid/old/decrypt", call, expect=404)
+    edge.hub.core.delete_identity(ClientId("d1", "m1"))
+    edge.hub.identity("d1", "m1")
+    await edge.call("POST", f"{await module('m1')}/decrypt", call, expect=400)
+    await edge.call("POST", f"{await module('m1')}/encrypt", {"plaintext": plain}, expect=400)
+
+
+async def test_certificates_for_modules(edge: Edge, tmp_path: Path) -> None:
+    generation = edge.hub.identity("d1", "m1").generation
+    path = f"/modules/m1/genid/{generation}/certificate/server"
+    made = {
+        "server": await edge.call("POST", path, {"commonName": "127.0.0.1"}, expect=201),
+        "client": await edge.call("POST", "/modules/m1/certificate/identity", expect=201),
+    }
+    contexts = {
+        "server": ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        "client": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+    }
+    trusted = (await edge.call("GET", "/trust-bundle"))["certificate"]
+    for name, answer in made.items():
+        assert answer["privateKey"]["type"] == "key"
+        expiry = datetime.fromisoformat(answer["expiration"])
+        assert expiry > datetime.now(timezone.utc)
+        (tmp_path / "chain.pem").write_text(answer["certificate"])
+        (tmp_path / "key.pem").write_text(answer["privateKey"]["bytes"])
+        contexts[name].load_cert_chain(tmp_path / "chain.pem", tmp_path / "key.pem")
+        contexts[name].load_verify_locations(cadata=trusted)
+    contexts["server"].verify_mode = ssl.CERT_REQUIRED
+    seen: list[Any] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(writer.get_extra_info("peercert"))
+        writer.write(b"hello")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=contexts["server"])
+    port = server.sockets[0].getsockname()[1]
+    try:
+        for name in ("127.0.0.1", "m1"):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port, ssl=contexts["client"], server_hostname=name
+            )
+            assert await asyncio.wait_for(reader.read(), 5) == b"hello"
+            writer.close()
+    finally:
+        server.close()
+        await server.wait_closed()
+    assert (("commonName", "m1"),) in seen[0]["subject"]
+    assert seen[0]["subjectAltName"] == (("URI", f"azureiot://{HOST}/devices/d1/modules/m1"),)
+    for wrong in ({}, {"commonName": 5}, {"commonName": "x" * 65}, {"commonName": "hüb.test"}):
+        await edge.call("POST", path, wrong, expect=400)
+    await edge.call("POST", "/modules/m2/certificate/identity", expect=404)
+    assert await edge.call("GET", "/manifest-trust-bundle") == {"certificate": ""}
+
+
+async def test_no_certificates_without_an_authority(edge: Edge, tmp_path: Path) -> None:
+    edge.hub.identity("d1", "m1")
+    bare = EdgeDevice(edge.hub.core, "d1", "", tmp_path / "bare")
+    await bare.start()
+    try:
+        edge.socket, before = tmp_path / "bare" / "mgmt.sock", edge.socket
+        await edge.call("POST", "/modules/m1/certificate/identity", expect=501)
+    finally:
+        edge.socket = before
+        await bare.stop()
 
 
 async def test_a_path_too_long_for_a_socket_is_said(tmp_path: Path) -> None:
