@@ -109,7 +109,7 @@ def parse_manifest(body: bytes) -> Manifest:
     inner = Node(desired.value)
     if "manifest" in inner.members() and "schemaVersion" not in inner.members():
         raise inner.members()["manifest"].fail(
-            "a reference leads to a whole manifest, not to another reference"
+            "a manifest by reference leads to a whole manifest, not to another reference"
         )
     schema_version = _schema_version(inner)
     fields = inner.fields(
