@@ -167,3 +167,42 @@ def identity_folder(folder: Path, datatype: str, **options: Any) -> Path:
     """A folder of `identity`."""
     specs = [("x", datatype, (-1, 2))], [("y", datatype, (-1, 2))]
     return write_folder(folder, identity(datatype), *specs, **options)
+
+
+def mobilenet(size: int = 96, width: float = 0.75, classes: int = 10) -> bytes:
+    """A stack of depthwise-separable convolutions of MobileNet v1's shape on size x size x 3."""
+    random = np.random.default_rng(4)
+    constants: dict[str, np.ndarray] = {}
+    nodes = []
+    # (output channels at full width, stride) of the 13 blocks.
+    blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)]
+    blocks += [(512, 1)] * 5 + [(1024, 2), (1024, 1)]
+
+    def conv(name: str, source: str, inputs: int, outputs: int, **options: Any) -> str:
+        kernel = options.pop("kernel", 3)
+        group = options.get("group", 1)
+        shape = (outputs, inputs // group, kernel, kernel)
+        constants[f"{name}w"] = random.standard_normal(shape, np.float32) / np.sqrt(
+            np.prod(shape[1:], dtype=np.float32)
+        )
+        pads = [kernel // 2] * 4
+        nodes.append(helper.make_node("Conv", [source, f"{name}w"], [name], pads=pads, **options))
+        nodes.append(helper.make_node("Relu", [name], [f"{name}r"]))
+        return f"{name}r"
+
+    channels = int(32 * width)
+    last = conv("c0", "x", 3, channels, strides=[2, 2])
+    for number, (full, stride) in enumerate(blocks):
+        last = conv(f"d{number}", last, channels, channels, group=channels, strides=[stride] * 2)
+        outputs = int(full * width)
+        last = conv(f"p{number}", last, channels, outputs, kernel=1)
+        channels = outputs
+    constants["dense"] = random.standard_normal((channels, classes), np.float32)
+    nodes += [
+        helper.make_node("GlobalAveragePool", [last], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "dense"], ["y"]),
+    ]
+    return build(
+        nodes, [("x", "FP32", (-1, 3, size, size))], [("y", "FP32", (-1, classes))], constants
+    )
