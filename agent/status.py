@@ -102,11 +102,19 @@ def telemetry_document(
 
 
 def deployment_document(
-    snapshot: Snapshot, latest: Deployment | None, last_good: Deployment | None
+    snapshot: Snapshot,
+    latest: Deployment | None,
+    last_good: Deployment | None,
+    seen: Seen | None = None,
 ) -> dict[str, Any] | None:
-    """The newest deployment and how it stands; None before the first one."""
+    """The newest deployment and how it stands; None before the first one.
+
+    `seen`: what its reader sent last. Where that was refused the outcome is "rejected", though the
+    rest is about the deployment that goes on.
+    """
+    rejected = seen is not None and seen.code != OK
     if latest is None:
-        return None
+        return {"outcome": "rejected"} if rejected else None
     return {
         "generation": latest.generation,
         "source": latest.source,
@@ -114,7 +122,7 @@ def deployment_document(
         "phase": latest.phase,
         "description": latest.description,
         "received": latest.received,
-        "outcome": outcome(snapshot, latest, last_good),
+        "outcome": "rejected" if rejected else outcome(snapshot, latest, last_good),
         "rolledBack": latest.phase == "failed" and last_good is not None,
         "lastGood": None
         if last_good is None
@@ -128,13 +136,20 @@ def outcome(snapshot: Snapshot, latest: Deployment, last_good: Deployment | None
     if latest.phase != "failed":
         return latest.phase
     goal, plan = snapshot.goal, snapshot.plan
-    if last_good is None:
+    if last_good is None or stuck(snapshot):
         return "unableToRollBack"
     if goal is None or plan is None or not goal.rolled_back:
         return "rollingBack"
-    if any(not failure.retryable for failure in plan.blocked):
-        return "unableToRollBack"
     return "rolledBack" if plan.settled else "rollingBack"
+
+
+def stuck(snapshot: Snapshot) -> str:
+    """Why a device that rolls back will never arrive; empty while it may."""
+    goal, plan = snapshot.goal, snapshot.plan
+    if goal is None or plan is None or not goal.rolled_back:
+        return ""
+    fatal = (failure for failure in plan.blocked if not failure.retryable)
+    return "; ".join(f"{describe(failure.step)}: {failure.message}" for failure in fatal)
 
 
 def desired_status(
@@ -143,11 +158,13 @@ def desired_status(
     latest: Deployment | None,
     last_good: Deployment | None,
     failures: tuple[Failure, ...] = (),
+    stuck: str = "",
 ) -> tuple[int, int, str]:
     """(version, code, description) of the last document of `source`, in edgeAgent's codes.
 
     A step that fails is 500 for as long as it does, as edgeAgent reports it. What edgeAgent has no
-    words for: a deployment that was given up is 500 and says what runs instead; a document that a
+    words for: a deployment that was given up is 500 and says what runs instead, or why nothing
+    does (`stuck`); a document that a
     newer one from elsewhere replaced is 200 and says so.
     """
     if seen is None:
@@ -161,6 +178,8 @@ def desired_status(
         return seen.version, FAILED if trouble else OK, trouble
     if last_good is None:
         tail = "there is no earlier good deployment to return to"
+    elif stuck:
+        tail = f"unable to roll back to deployment {last_good.generation}: {stuck}"
     else:
         tail = f"rolled back to deployment {last_good.generation} ({last_good.source})"
     return seen.version, FAILED, f"{latest.description}; {tail}"
