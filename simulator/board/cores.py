@@ -86,6 +86,8 @@ class Configuration:
         return self._registers.get(name) or self._banks.setdefault(name, RegisterBank())
 
     def _open(self, container: Container, memory: ContiguousMemory, faults: FaultFile) -> None:
+        if not container.engine:
+            return
         if container.engine.get("kind") == "rtl":
             from .rtl_core import RtlStreamCore
 
