@@ -24,6 +24,7 @@ from .restarts import RestartState
 SCHEMA_VERSION = 2
 KEPT_DEPLOYMENTS = 32
 KEPT_JOURNAL = 2000
+DISPLACED = 409
 KEPT_PROOFS = 64
 """For each scope and key."""
 
@@ -260,7 +261,7 @@ class StateStore:
         received = self._clock.now().isoformat(timespec="seconds")
         with self._transaction() as db:
             _see(db, source, version, body if document is None else document, 200, "")
-            db.execute("DELETE FROM pending")
+            _displace(db, source)
             if proof is not None:
                 _note_proof(db, proof)
             db.execute(
@@ -284,7 +285,7 @@ class StateStore:
     def wait_for(self, pending: Pending | None) -> None:
         """Remember that this document's manifest is to be fetched; None: nothing is any more."""
         with self._transaction() as db:
-            db.execute("DELETE FROM pending")
+            _displace(db, None if pending is None else pending.source)
             if pending is not None:
                 db.execute(
                     "INSERT INTO pending VALUES (?, ?, ?)",
@@ -502,6 +503,17 @@ def _see(
         "code=excluded.code, description=excluded.description",
         (source, version, document_hash(body), code, description),
     )
+
+
+def _displace(db: sqlite3.Connection, source: str | None) -> None:
+    """Nothing is to be fetched any more. What another source than `source` asked for counts as
+    seen, so that it does not come back with that source's next connection."""
+    rows = db.execute("SELECT source, version, document FROM pending").fetchall()
+    for other, version, document in rows:
+        if source is not None and other != source:
+            description = f"a newer document from {source} came before its manifest was fetched"
+            _see(db, other, version, document, DISPLACED, description)
+    db.execute("DELETE FROM pending")
 
 
 def _note_proof(db: sqlite3.Connection, proof: Proof) -> None:

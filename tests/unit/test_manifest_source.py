@@ -216,6 +216,11 @@ async def test_a_newer_document_ends_the_fetch(server: Server, tmp_path: Path) -
             assert device.source.submit("mqtt", 0, manifest("new:1")).code == 200
             assert device.source.awaited is None
             assert device.store.pending() is None
+            # It does not come back with the next connection.
+            verdict = device.source.submit("iothub", 1, reference)
+            assert (verdict.code, device.source.awaited) == (409, None)
+            assert "a newer document from mqtt" in verdict.description
+            reference = server.reference(manifest("old:2"))
             # The same source: back to what it had, or to something that is refused.
             for again in (manifest("newer:1"), manifest("newer:1"), b"{"):
                 device.source.submit("iothub", 2, reference)
@@ -225,9 +230,9 @@ async def test_a_newer_document_ends_the_fetch(server: Server, tmp_path: Path) -
             hold.set()
     finally:
         hold.set()
-    assert not any(
-        b"old:1" in d.body for d in StateStore(tmp_path / "state.db", SystemClock()).deployments()
-    )
+    store = StateStore(tmp_path / "state.db", SystemClock())
+    assert not any(b"old:" in deployment.body for deployment in store.deployments())
+    store.close()
 
 
 async def test_a_wrong_hash_is_never_parsed_and_tried_again(server: Server, tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.store import (
+    DISPLACED,
     KEPT_DEPLOYMENTS,
     KEPT_JOURNAL,
+    KEPT_PROOFS,
+    Pending,
+    Proof,
     StateStore,
     StoreError,
     document_hash,
@@ -105,6 +109,44 @@ def test_the_journal_is_bounded(store: StateStore, path: Path) -> None:
     store.journal(1, "last", "done")
     assert store.journal_tail(1)[0][2] == "last"
     assert len(store.journal_tail(KEPT_JOURNAL * 2)) == KEPT_JOURNAL
+
+
+def test_what_is_to_be_fetched_is_known_until_something_newer_comes(
+    store: StateStore, path: Path
+) -> None:
+    assert store.pending() is None
+    store.wait_for(Pending("iothub", 1, b"first"))
+    store.wait_for(Pending("iothub", 2, b"second"))
+    again = reopened(store, path)
+    assert again.pending() == Pending("iothub", 2, b"second")
+    assert again.seen() == ()
+    again.wait_for(Pending("mqtt", 0, b"other"))
+    (seen,) = again.seen()
+    assert (seen.source, seen.version, seen.code) == ("iothub", 2, DISPLACED)
+    assert seen.sha256 == document_hash(b"second")
+    made = again.accept("mqtt", 0, b"{}", document=b"other", proof=Proof("manifest", "aa", "k", 3))
+    assert again.pending() is None
+    assert {entry.source: entry.code for entry in again.seen()} == {"iothub": 409, "mqtt": 200}
+    assert again.seen()[1].sha256 == document_hash(b"other")
+    assert made.body == b"{}"
+    assert again.proofs("manifest") == (Proof("manifest", "aa", "k", 3),)
+    again.close()
+
+
+def test_proofs_are_bounded_for_each_key_and_the_highest_stay(store: StateStore) -> None:
+    store.note_proof(Proof("s", "other", "rare", 1))
+    for number in range(KEPT_PROOFS + 10):
+        store.note_proof(Proof("s", str(number), "often", number))
+    store.note_proof(Proof("s", "low", "often", 0))
+    proofs = store.proofs("s")
+    assert [proof.generation for proof in proofs if proof.key == "often"] == list(
+        range(KEPT_PROOFS + 9, 9, -1)
+    )
+    assert Proof("s", "other", "rare", 1) in proofs
+    store.note_proof(Proof("s", "other", "rare", 9))
+    store.note_proof(Proof("s", "other", "rare", 2))
+    assert Proof("s", "other", "rare", 9) in store.proofs("s")
+    assert store.proofs("elsewhere") == ()
 
 
 def test_a_failed_transaction_leaves_nothing_behind(store: StateStore) -> None:
