@@ -308,7 +308,7 @@ class Engine:
 
     def make_sure(self) -> None:
         """That containers run here, with whatever this machine has. Raises AssertionError."""
-        attempts: list[tuple[str, ...]] = [(), ("--storage-driver=vfs",)]
+        attempts: list[tuple[str, ...]] = [(), (), ("--storage-driver=vfs",)]
         failures = []
         for number, options in enumerate(attempts):
             self._options = options
@@ -319,6 +319,7 @@ class Engine:
                 failures.append(f"{' '.join(options) or 'as it is'}: {error}")
                 self.stop()
                 if number == 0:
+                    _mount_cgroups()
                     _delegate_cgroups()
             else:
                 return
@@ -430,6 +431,31 @@ class Engine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         pidfile.unlink(missing_ok=True)
+
+
+def _mount_cgroups() -> None:
+    """On a machine without systemd nobody may have mounted them."""
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    if any(line.split()[2] in ("cgroup", "cgroup2") for line in mounts):
+        return
+    root = Path("/sys/fs/cgroup")
+
+    def mount(*arguments: str) -> bool:
+        command = ["mount", "-t", *arguments]
+        return subprocess.run(command, env={"PATH": PATH}, check=False).returncode == 0
+
+    if mount("cgroup2", "cgroup2", str(root)):
+        if (root / "cgroup.controllers").read_text().split():
+            return
+        # The kernel's first version has the controllers.
+        subprocess.run(["umount", root], env={"PATH": PATH}, check=False)
+    if not mount("tmpfs", "cgroup", str(root)):
+        return
+    for line in Path("/proc/cgroups").read_text().splitlines()[1:]:
+        name, _, _, enabled = line.split()
+        if enabled == "1":
+            (root / name).mkdir()
+            mount("cgroup", "-o", name, "cgroup", str(root / name))
 
 
 def _delegate_cgroups() -> None:

@@ -73,6 +73,7 @@ class DockerRuntime:
         self._policy = policy
         self._protected = protected
         self._link = EngineLink(socket, timeout)
+        self._networks = threading.Lock()
         self._image_configs: dict[str, Mapping[str, Any]] = {}
         # What an engine made of a body by itself right when it created it, by container id.
         self._engines_own: dict[str, frozenset[str]] = {}
@@ -156,6 +157,7 @@ class DockerRuntime:
             inspect = client.inspect_container(name)
             # Folders in /run do not outlive a reboot, containers do.
             _make_shared_folder({**inspect["Config"], "HostConfig": inspect["HostConfig"]})
+            self._make_network(client, inspect["HostConfig"])
             client.start(name)
 
         await self._link.call(f"start container {name}", work)
@@ -234,7 +236,8 @@ class DockerRuntime:
             SPEC_LABEL: spec.fingerprint(),
             CREATED_LABEL: canonical_body(created),
         }
-        identity = self._send(client, spec.name, sent)
+        self._make_network(client, body.get("HostConfig") or {})
+        identity = str(client.create_container_from_config(sent, spec.name)["Id"])
         inspect = client.inspect_container(identity)
         own = frozenset(self._compare(client, inspect, created))
         if "Image" in own:
@@ -248,18 +251,15 @@ class DockerRuntime:
         while len(self._engines_own) > _REMEMBERED:
             del self._engines_own[next(iter(self._engines_own))]
 
-    def _send(self, client: Client, name: str, body: Mapping[str, Any]) -> str:
-        from docker.errors import NotFound
-
-        try:
-            return str(client.create_container_from_config(body, name)["Id"])
-        except NotFound:
-            networks = (body.get("NetworkingConfig") or {}).get("EndpointsConfig") or {}
-            if not self._network or self._network not in networks:
-                raise
-        if not client.networks(names=[self._network]):
-            client.create_network(self._network, check_duplicate=True)
-        return str(client.create_container_from_config(body, name)["Id"])
+    def _make_network(self, client: Client, host: Mapping[str, Any]) -> None:
+        """The network that modules join by default, which somebody may have pruned."""
+        name = self._network
+        if not name or host.get("NetworkMode") != name:
+            return
+        with self._networks:
+            # The engine's filter finds parts of names too, and it lets names be given twice.
+            if all(found["Name"] != name for found in client.networks(names=[name])):
+                client.create_network(name, check_duplicate=True)
 
     def _check_mounts(self, body: Mapping[str, Any], doing: str) -> None:
         """A link on the host, made by another module for example, must not lead out of what the

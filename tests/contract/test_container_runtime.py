@@ -657,3 +657,36 @@ async def test_a_link_on_the_host_must_be_permitted_too(real, tmp_path):
         else:
             with pytest.raises(RuntimeFailed, match=r"is a link to /etc; /etc is not allowed"):
                 await runtime.create(spec)
+
+
+async def test_the_network_of_the_modules_is_made_when_it_is_missing(real):
+    name = unique("net")
+    runtime = DockerRuntime(real.engine.socket, real.device, network=name)
+    real.runtimes.append(runtime)
+    image, digest = real.publish("probe:1")
+    await runtime.pull(image, digest, (), lambda progress: None)
+    try:
+        for module in (ModuleSpec(unique(), image), ModuleSpec(unique(), image)):
+            facts = CreateFacts(digest=digest, network=name)
+            spec = create_body(module, real.device, DockerPolicy(), facts)
+            await runtime.create(spec)
+            await runtime.start(spec.name)
+            assert (await view(runtime, spec)).drift == ()
+            networks = real.api.inspect_container(spec.name)["NetworkSettings"]["Networks"]
+            assert spec.module in networks[name]["Aliases"]
+        real.api.disconnect_container_from_network(spec.name, name)
+        assert (await view(runtime, spec)).drift == ("Networks",)
+        [found] = real.api.networks(names=[name])
+        # One that nobody here asked for stays missing.
+        other = {"HostConfig": {"NetworkMode": unique("other")}}
+        module = ModuleSpec(unique(), image, create_options=json.dumps(other))
+        facts = CreateFacts(digest=digest, network=name)
+        spec = create_body(module, real.device, DockerPolicy(), facts)
+        await runtime.create(spec)
+        with pytest.raises(RuntimeFailed, match="make the network"):
+            await runtime.start(spec.name)
+    finally:
+        for one in await runtime.containers():
+            await runtime.remove(one.name)
+        for found in real.api.networks(names=[name]):
+            real.api.remove_network(found["Id"])
