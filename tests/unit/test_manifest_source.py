@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import http.server
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from gatelet.agent.reconcile import Reconciler, ReconcileSettings
 from gatelet.agent.store import StateStore
 from gatelet.agent.trust import Trust
 from gatelet.modules.signing import PrivateKey, read_private_key
+from gatelet.simulator.pki import Pki
 
 AGENT = {"type": "docker", "settings": {"image": "agent:1"}}
 
@@ -54,7 +56,7 @@ KEY, OTHER = new_key(), new_key()
 class Server:
     """`answers` maps paths to bodies, statuses, or functions of the handler."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         outer = self
         self.answers: dict[str, Any] = {}
         self.asked: list[str] = []
@@ -78,6 +80,9 @@ class Server:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = False
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+            self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.address = f"127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
@@ -330,6 +335,24 @@ def test_a_redirect_is_followed_and_nobody_there_is_said(server: Server) -> None
     with pytest.raises(FetchFailed, match=r"http://127.0.0.1:\d+/a: .*refused"):
         HttpFetch()(f"http://{server.address}/a?sig=secret", lambda: False)
     server.__init__()  # type: ignore[misc]  # for the fixture to close
+
+
+def test_https_needs_an_authority_that_is_known(tmp_path: Path) -> None:
+    pki = Pki(tmp_path)
+    server = Server(pki.server_context(["127.0.0.1"]))
+    try:
+        server.answers |= {"/m": b"here", "/down": to("http://127.0.0.1:1/m")}
+        url = f"https://{server.address}"
+        assert HttpFetch(pki.ca_file)(f"{url}/m", lambda: False) == b"here"
+        for fetch, path, said in (
+            (HttpFetch(), "/m", r"m: .*(certificate|CERTIFICATE)"),
+            (HttpFetch(pki.ca_file), "/down", "from https to http, which is not followed"),
+            (HttpFetch(tmp_path / "none.pem"), "/m", "manifest-ca-file .*none.pem cannot be used"),
+        ):
+            with pytest.raises(FetchFailed, match=said):
+                fetch(url + path, lambda: False)
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(
