@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 from gatelet.agent.clock import SystemClock
+from gatelet.agent.restarts import RestartState
 from gatelet.agent.store import (
     DISPLACED,
     KEPT_DEPLOYMENTS,
     KEPT_JOURNAL,
     KEPT_PROOFS,
+    KnownImage,
     Pending,
+    Pin,
     Proof,
     StateStore,
     StoreError,
@@ -176,3 +180,60 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"not a database, " * 100)
     with pytest.raises(StoreError, match=r"state\.db"):
         StateStore(path, SystemClock())
+
+
+def test_a_database_of_the_first_release_is_taken_over(path: Path) -> None:
+    """`databases/state-1.sql` was written by the store of schema 1."""
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:
+        db.executescript((Path(__file__).parent / "databases" / "state-1.sql").read_text())
+    db.close()
+    for _ in range(2):
+        store = StateStore(path, SystemClock())
+        good = store.last_good()
+        assert good is not None
+        assert store.pinned(good.generation) == {"digits": Pin("sha256:" + "a" * 64, "model")}
+        latest = store.latest()
+        assert latest is not None
+        assert (latest.phase, latest.description) == ("failed", "pull: gone")
+        assert [(s.source, s.code) for s in store.seen()] == [
+            ("iothub", 200),
+            ("local", 400),
+            ("mqtt", 200),
+        ]
+        assert store.restarts() == {}
+        store.pin(good.generation, "web", "sha256:b", "container")
+        assert store.pinned(good.generation)["web"].kind == "container"
+        with sqlite3.connect(path) as db:
+            db.execute("DELETE FROM pin WHERE module='web'")
+        db.close()
+        store.close()
+
+
+def test_restarts_images_and_facts_survive(store: StateStore, path: Path) -> None:
+    at = datetime(2030, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+    state = RestartState("spec", 3, 4, "id at", True, 2, 1, at, trouble_since=5.0)
+    store.set_restart("web", state)
+    store.set_restart("gone", state)
+    store.forget_restart("gone")
+    store.set_images([KnownImage("d1", "engine", "a:1", 5.5), KnownImage("d2", "store", "b:1")])
+    store.set_images([KnownImage("d1", "engine", "a:1", 6.5)], ["d2"])
+    store.note_fact("boot-id", "x")
+    again = reopened(store, path)
+    assert again.restarts() == {"web": state.lasting()}
+    assert again.known_images() == {"d1": KnownImage("d1", "engine", "a:1", 6.5)}
+    assert (again.fact("boot-id"), again.fact("other")) == ("x", "")
+    again.close()
+
+
+def test_a_disk_that_takes_no_more_is_said_and_nothing_is_half_written(
+    store: StateStore, path: Path
+) -> None:
+    deployment = store.accept("local", 0, b"first")
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(StoreError, match=r"state\.db.*full.*free space"):
+        store.accept("local", 0, b"x" * 1_000_000)
+    assert store.latest() == deployment
+    store._db.execute("PRAGMA max_page_count=1000000")
+    assert store.accept("local", 0, b"x" * 1_000_000).generation == deployment.generation + 1
