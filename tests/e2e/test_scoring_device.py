@@ -1,0 +1,91 @@
+"""A whole device: REST, metrics and keys, from the deployment to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from gatelet.simulator.demo.dataset import load_heldout
+
+pytestmark = pytest.mark.e2e
+
+
+async def gatelet(device: Any, *words: str) -> str:
+    config = ("--config", str(device.folder / "agent.toml"))
+    command = (sys.executable, "-m", "gatelet.agent.main", *words, *config)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
+
+
+def ask(
+    address: str, method: str, path: str, key: str | None = None, body: Any = None
+) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    connection = http.client.HTTPConnection(address, timeout=20)
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    response = connection.getresponse()
+    answer = response.read().decode()
+    connection.close()
+    return response.status, answer
+
+
+async def test_an_endpoint_with_keys_over_rest(
+    device: Any, make_deployment: Callable[..., dict[str, Any]]
+) -> None:
+    content = make_deployment(image=await device.push("v1"))
+    text = json.dumps(content).replace(
+        '"SCORING_BACKENDS":', '"SCORING_AUTH": {"value": "key"}, "SCORING_BACKENDS":'
+    )
+    assert "SCORING_AUTH" in text
+    await device.until_good(device.desire(json.loads(text)))
+
+    shown = await gatelet(device, "status")
+    addresses = json.loads(await gatelet(device, "status", "--json"))["scoring"]
+    assert set(addresses) == {"grpc", "http", "metrics"}
+    assert f"http {addresses['http']}" in shown
+    keys = json.loads(await gatelet(device, "keys", "show", "digits", "--json"))
+
+    images, labels = load_heldout()
+    body = {"data": images[:10].tolist()}
+
+    def score(key: str | None) -> tuple[int, str]:
+        return ask(addresses["http"], "POST", "/score", key, body)
+
+    assert (await asyncio.to_thread(score, None))[0] == 401
+    status, answer = await asyncio.to_thread(score, keys["secondary"])
+    assert status == 200, answer
+    rows = json.loads(answer)
+    rows = rows["scores"] if isinstance(rows, dict) else rows
+    right = sum(row.index(max(row)) == label for row, label in zip(rows, labels, strict=False))
+    assert right >= 8
+
+    new = json.loads(
+        await gatelet(device, "keys", "regenerate", "digits", "--key", "primary", "--json")
+    )
+    # Within a second, and never anything but the one or the other.
+    statuses = []
+    for _ in range(500):
+        statuses.append((await asyncio.to_thread(score, keys["primary"]))[0])
+        if statuses[-1] == 401:
+            break
+    assert statuses[-1] == 401
+    assert set(statuses) <= {200, 401}
+    assert (await asyncio.to_thread(score, new["primary"]))[0] == 200
+    assert (await asyncio.to_thread(score, keys["secondary"]))[0] == 200
+
+    def scrape() -> tuple[int, str]:
+        return ask(addresses["metrics"], "GET", "/metrics", keys["secondary"])
+
+    status, text = await asyncio.to_thread(scrape)
+    assert status == 200
+    assert 'nv_inference_request_success{model="digits",version="1"}' in text
+    assert 'gatelet_refused_calls_total{code="UNAUTHENTICATED"}' in text
