@@ -9,7 +9,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .cli import apply, check, diff, fpga, image, keys, modules, profile, run, score, status, trust
+from .cli import (
+    apply,
+    check,
+    diff,
+    fpga,
+    image,
+    keys,
+    modules,
+    profile,
+    run,
+    score,
+    status,
+    top,
+    trust,
+)
 from .cli.command import CommandError
 
 _SIMULATOR_COMMANDS = {
@@ -47,7 +61,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (
-        *(run, apply, diff, modules, status, check, score, profile, image, fpga, keys, trust),
+        *(run, apply, diff, modules, status, top, check, score, profile, image, fpga, keys, trust),
     ):
         command.register(commands)
     for name, (module, summary) in _SIMULATOR_COMMANDS.items():

@@ -152,6 +152,7 @@ def _lines(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         lines = read_process_log(config.logs_dir, arguments.module, LineFilter(where))
     except (ValueError, NoSuchLog, OSError) as error:
         raise CommandError(f"the agent does not answer, and: {error}") from error
+    print("gatelet: the agent does not answer; this is from its own log files", file=sys.stderr)
     for line in lines:
         yield "" if line.at is None else line.at.isoformat(), line.stream, line.text
 

@@ -9,7 +9,7 @@ from ..clock import SystemClock
 from .command import add_config_option, add_json_option, configuration, palette, print_json
 from .spans import module_text
 
-_COLOURS = {
+COLOURS = {
     "running": "green",
     "unhealthy": "yellow",
     "backoff": "yellow",
@@ -105,6 +105,6 @@ def _table(modules: list[dict[str, Any]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         name, status, text = (cell.ljust(n) for cell, n in zip(row[:3], widths, strict=True))
-        colour = _COLOURS.get(row[1])
+        colour = COLOURS.get(row[1])
         shown = status if colour is None else paint(status, colour)
         print("  ".join((name, shown, text, row[3])))

@@ -63,6 +63,9 @@ def network_checks(config: AgentConfig, status: Status | None, clock: Clock) -> 
         ]
     for registry in config.registry:
         checks.append(Check(f"registry {registry.address}", lambda r=registry: answers(r)))  # type: ignore[misc]
+    for address in foreign_registries(config, status):
+        other = RegistryConfig(address)
+        checks.append(Check(f"registry {address}", lambda r=other: answers(r, known=False)))  # type: ignore[misc]
     checks.append(Check("clock", lambda: clock_right(web, clock)))
     return checks
 
@@ -184,7 +187,22 @@ def link_state(source: str, status: Status | None) -> Outcome:
     return ok("connected")
 
 
-def answers(registry: RegistryConfig) -> Outcome:
+def foreign_registries(config: AgentConfig, status: Status | None) -> list[str]:
+    """Those that the deployment's images come from without an entry in agent.toml."""
+    from ...modules.errors import ImageError
+    from ...modules.oci.reference import ImageRef
+
+    known = {registry.address for registry in config.registry}
+    found = set()
+    for module in status["modules"] if status is not None else ():
+        try:
+            found.add(ImageRef.parse(module["image"]).registry)
+        except ImageError:
+            continue
+    return sorted(found - known)
+
+
+def answers(registry: RegistryConfig, *, known: bool = True) -> Outcome:
     from ...modules.errors import ImageError, Unauthorized
     from ...modules.oci.client import RegistryClient, RegistrySettings
 
@@ -208,6 +226,8 @@ def answers(registry: RegistryConfig) -> Outcome:
         with RegistryClient(settings) as client:
             client.ping()
     except Unauthorized as failure:
+        if not known:
+            return ok("answers, and asks for a login: the deployment brings it, or agent.toml")
         return error(str(failure), "correct username and password of this [[registry]]")
     except ImageError as failure:
         return error(str(failure), "check the address, the network and ca-file")

@@ -28,6 +28,7 @@ _PROCESSES: dict[str, tuple[LogPart, ...]] = {
     "scoring": (LogPart("scoring"),),
     "fabric": (LogPart("fabric"),),
 }
+SYSTEM_MODULES = ("edgeAgent", "edgeHub")
 _ALIASES = {"agent": "edgeAgent", "supervisor": "edgeAgent"}
 
 
@@ -52,9 +53,13 @@ class ModuleLogs:
         self._containers = containers
 
     def names(self) -> tuple[str, ...]:
-        """Every log there may be: system modules, processes, the deployment's modules."""
+        """Every log there is: system modules, processes that wrote one, and modules."""
         modules = self._modules()
-        return (*(name for name in _PROCESSES if name not in modules), *modules)
+        return (*(name for name in _PROCESSES if name not in modules and self._has(name)), *modules)
+
+    def _has(self, name: str) -> bool:
+        files = (self._folder / f"{part.role}.log" for part in _PROCESSES[name])
+        return name in SYSTEM_MODULES or any(file.exists() for file in files)
 
     async def read(self, name: str, wanted: LineFilter) -> list[LogLine]:
         """The chosen lines, oldest first. Raises NoSuchLog."""

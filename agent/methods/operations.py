@@ -19,14 +19,13 @@ from ..runtime.container import ContainerRuntime, LogFilter, LogLine
 from ..twin.transport import MethodResult
 from .blobs import BlobStorage
 from .commands import CommandRefused
-from .module_logs import ModuleLogs, NoSuchLog
+from .module_logs import SYSTEM_MODULES, ModuleLogs, NoSuchLog
 from .moments import parse_moment
 from .requests import BundleRequest
 from .table import DirectMethods, Method, Names, in_daemon_thread, refusal
 
 BUNDLE_LINES = 10_000
 """Of each module's log in a bundle."""
-SYSTEM_MODULES = ("edgeAgent", "edgeHub")
 
 
 class Deployments(Protocol):

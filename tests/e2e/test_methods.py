@@ -406,6 +406,21 @@ async def test_list_as_iotedge_prints_it(site: Any) -> None:
     assert re.match(r"digits +running +Up (\d+ \w+|less than a second) +\S+:v\d$", row)
 
 
+async def test_top(site: Any) -> None:
+    code, out, _ = await gatelet(site, "top")
+    assert code == 0, "one table where there is no terminal"
+    head, _, titles, row = out.splitlines()
+    assert re.search(r"^edge-1: deployment \d+ good; .*agent \d+ MiB", head)
+    assert titles.split()[:3] == ["NAME", "STATUS", "REQ/S"]
+    assert row.startswith("digits  running")
+    scoring = asyncio.ensure_future(site.accuracy(200))
+    code, out, _ = await gatelet(site, "top", "--json", "--interval", "2")
+    await scoring
+    (module,) = json.loads(out)["modules"]
+    assert module["requestsPerSecond"] >= 0
+    assert (await gatelet(site, "top", "--interval", "0"))[0] == 2
+
+
 async def test_check_finds_a_healthy_device(site: Any) -> None:
     code, out, _ = await gatelet(site, "check", "--json")
     about = json.loads(out)

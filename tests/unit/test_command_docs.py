@@ -14,7 +14,7 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text(
 LINES = re.findall(r"^\$ gatelet (.+)$", TEXT, re.MULTILINE)
 OPERATOR = {
     "apply", "diff", "rollback", "list", "status", "logs", "restart", "method", "check",
-    "support-bundle",
+    "support-bundle", "top",
 }  # fmt: skip
 
 

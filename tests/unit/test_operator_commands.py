@@ -12,6 +12,7 @@ import pytest
 from gatelet.agent.cli.command import CommandError, palette
 from gatelet.agent.cli.diff import preview_text
 from gatelet.agent.cli.spans import module_text, span
+from gatelet.agent.cli.top import Sample, _text, rates
 from gatelet.agent.cli.waiting import outcome, report, wait
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=timezone.utc)
@@ -155,6 +156,29 @@ def test_waiting_prints_a_line_per_change_and_no_percentages(
     agent = FakeAgent(status(2, "applying"))
     with pytest.raises(CommandError, match="not good after 1 s"):
         wait(agent, 2, options(json=True))
+
+
+def sample(at: float, requests: int, failures: int = 0) -> Sample:
+    backend = {"healthy": True, "requests": requests, "failures": failures}
+    entry = module("running", started=ago(60), backends={"cpu": backend})
+    about = {"generation": 2, "phase": "good"}
+    document = {"device": "d", "deployment": about, "modules": [entry]}
+    return Sample(at, document, {"agent": 50 * 2**20})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rate"), [(100, 150, 25.0), (100, 100, 0.0), (100, 10, 5.0)]
+)
+def test_rates_between_two_looks(before: int, after: int, rate: float) -> None:
+    found = rates(sample(10.0, before), sample(12.0, after, failures=4))
+    (entry,) = found["modules"]
+    assert entry["requestsPerSecond"] == rate, "a counter that fell began anew"
+    assert entry["failuresPerSecond"] == 2.0
+    text = _text(found)
+    assert "d: deployment 2 good; agent 50 MiB" in text
+    assert f"cpu {rate}/s" in text
+    empty = Sample(0, {"device": "d", "deployment": None, "modules": []}, {})
+    assert "no deployment" in _text(rates(empty, empty))
 
 
 def test_on_a_terminal_there_are_bars_and_colours_unless_refused() -> None:
