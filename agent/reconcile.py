@@ -145,6 +145,7 @@ class Reconciler:
         self._probation: Probation | None = None
         self._manifests: dict[int, Manifest] = {}
         self._wanteds: dict[object, tuple[Manifest, Wanted]] = {}
+        self._unstored: dict[str, tuple[int, bytes, bool, bytes | None, Proof | None]] = {}
         self._done_at: dict[Step, float] = {}
         self._exposed = 0  # the newest generation of which a model was loaded
         self._maker = maker
@@ -171,6 +172,25 @@ class Reconciler:
         With `always` the same document starts a new deployment (a person asked for it again).
         `document` is what the source sent where it only led to the manifest `body`.
         """
+        try:
+            verdict = self._submit(source, version, body, always, document, proof)
+        except StoreError as error:
+            # A source sends a document once: it is kept in memory until it can be stored.
+            log.error("%s", error)
+            self._unstored[source] = (version, body, always, document, proof)
+            return Verdict(500, f"{error}; it will be tried again")
+        self._unstored.pop(source, None)
+        return verdict
+
+    def _submit(
+        self,
+        source: str,
+        version: int,
+        body: bytes,
+        always: bool,
+        document: bytes | None,
+        proof: Proof | None,
+    ) -> Verdict:
         sent = body if document is None else document
         before = {seen.source: seen for seen in self._store.seen()}.get(source)
         if before is not None and before.sha256 == document_hash(sent) and not always:
@@ -325,6 +345,9 @@ class Reconciler:
 
     async def _pass(self) -> float:
         try:
+            for source, given in list(self._unstored.items()):
+                self._submit(source, *given)
+                del self._unstored[source]
             return await self._look_and_act()
         except StoreError as error:
             # What runs goes on; without a place to write its intents the agent changes nothing.

@@ -466,3 +466,55 @@ async def test_a_step_that_is_done_without_effect_does_not_spin(tmp_path: Path) 
         assert device.scoring.probes == 1
     finally:
         await device.stop()
+
+
+async def test_a_document_that_cannot_be_stored_is_taken_when_there_is_room_again(
+    device: Device,
+) -> None:
+    await deploy_good(device, digits="r/digits:v1")
+    (pages,) = device.store._db.execute("PRAGMA page_count").fetchone()
+    device.store._db.execute(f"PRAGMA max_page_count={pages}")
+    body = manifest(digits="r/digits:v2").replace(b"{", b"{" + b" " * 100_000, 1)
+    verdict = device.reconciler.submit("iothub", 2, body)
+    assert verdict.code == 500
+    assert "free space" in verdict.description
+    assert device.scoring.serving() == {"digits": short("r/digits:v1")}
+    device.store._db.execute("PRAGMA max_page_count=1000000")
+    await device.until(lambda: device.phase() == "good" and len(device.store.deployments()) == 2)
+    assert device.scoring.serving() == {"digits": short("r/digits:v2")}
+
+
+async def test_with_the_registry_away_an_image_that_is_here_is_good_enough(device: Device) -> None:
+    await deploy_good(device, digits="r/digits:v1")
+    await deploy_good(device, digits="r/digits:v2")
+    device.images.unreachable = True
+    await deploy_good(device, digits="r/digits:v1")
+    assert device.scoring.serving() == {"digits": short("r/digits:v1")}
+
+
+async def test_a_restart_of_a_model_loads_it_anew_beside_the_one_that_serves(
+    device: Device,
+) -> None:
+    await deploy_good(device, digits="r/digits:v1")
+    before = set(device.scoring.states)
+    assert device.reconciler.restart("digits").code == 200
+    served = []
+
+    def again() -> bool:
+        served.append(device.scoring.serving())
+        return len(device.scoring.states) == 1 and set(device.scoring.states) != before
+
+    await device.until(again)
+    assert all(routes == {"digits": short("r/digits:v1")} for routes in served)
+
+
+async def test_an_ordinary_image_on_a_device_without_an_engine_is_refused_at_once(
+    device: Device,
+) -> None:
+    await deploy_good(device, digits="r/digits:v1")
+    device.images.kinds["r/web:1"] = "container"
+    device.reconciler.submit("local", 0, manifest(web="r/web:1"), always=True)
+    await device.until(lambda: device.phase() == "failed")
+    latest = device.store.latest()
+    assert latest is not None
+    assert "this device has no container engine" in latest.description
