@@ -1,19 +1,32 @@
-"""A request under way, and where its caller finds the answer."""
+"""A request under way, what runs it, and where its caller finds the answer."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from ...accelerators.tensors import Array
 from .batching import Waiting
-from .errors import ScoringError
+from .errors import Code, ScoringError
 
 log = logging.getLogger(__name__)
 
 Results = dict[str, Array]
 Done = Callable[[Results | ScoringError], None]
+
+
+class Execute(Protocol):
+    """Runs the model; `requests`: how many it answers with that. Raises ScoringError."""
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        deadline: float | None,
+        requests: int,
+    ) -> Results: ...
 
 
 class Job:
@@ -65,14 +78,9 @@ class Answer:
         self.lock.release()
 
 
-def union(jobs: Sequence[Job]) -> Sequence[str] | None:
-    """The outputs that the jobs want together; None for all."""
-    first = jobs[0].outputs
-    if all(job.outputs == first for job in jobs):
-        return first
-    names: dict[str, None] = {}
-    for job in jobs:
-        if job.outputs is None:
-            return None
-        names.update(dict.fromkeys(job.outputs))
-    return tuple(names)
+def too_late(name: str, *, waited: bool) -> ScoringError:
+    when = "before the model was run" if waited else "while the model was running"
+    return ScoringError(
+        Code.DEADLINE_EXCEEDED,
+        f"{name}: the deadline passed {when}; allow more time or send less at once",
+    )

@@ -12,9 +12,6 @@ import time
 from bisect import insort
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
-
-import numpy as np
 
 from ...accelerators.tensors import Array
 from .batching import (
@@ -24,7 +21,8 @@ from .batching import (
     decide,
     normalised_priority,
 )
-from .batching_job import Answer, Done, Job, Results, union
+from .batching_job import Answer, Done, Execute, Job, Results, too_late
+from .batching_stack import split, stack
 from .errors import DEFECT, Code, ScoringError
 from .statistics import Statistics
 
@@ -35,18 +33,6 @@ _LONGEST_WAIT = threading.TIMEOUT_MAX
 _RETRY_SECONDS = (0.01, 5.0)
 # Of the newest run in the running average.
 _WEIGHT = 0.2
-
-
-class Execute(Protocol):
-    """Runs the model; `requests`: how many it answers with that. Raises ScoringError."""
-
-    def __call__(
-        self,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None,
-        deadline: float | None,
-        requests: int,
-    ) -> Results: ...
 
 
 class BatchRunner:
@@ -91,12 +77,13 @@ class BatchRunner:
     def call(
         self,
         inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None,
-        deadline: float | None,
+        outputs: Sequence[str] | None = None,
+        deadline: float | None = None,
         priority: int = 0,
     ) -> Results:
         """Blocks until the results are there, or until `deadline` (of `now`).
 
+        `priority`: 1 (first) to 10, 0 for the configured one. Arrays may be views of larger ones.
         Raises ScoringError: what `execute` raises, DEADLINE_EXCEEDED, and UNAVAILABLE with
         `retry_after` when the queue is full.
         """
@@ -108,7 +95,7 @@ class BatchRunner:
         self._wait(job, priority, arrived)
         wait = _LONGEST_WAIT if deadline is None else max(0.0, deadline - self._now())
         if not answer.lock.acquire(timeout=min(wait, _LONGEST_WAIT)):
-            raise self._too_late(self._withdraw(job))
+            raise too_late(self._name, waited=self._withdraw(job))
         value = answer.value
         if not isinstance(value, dict):
             raise value or ScoringError(Code.INTERNAL, "a request was lost")
@@ -159,7 +146,7 @@ class BatchRunner:
                 self._running += 1
                 expired, jobs = self._take(decision.expired), self._take(batch)
             for job in expired:
-                job.finish(self._too_late(waited=True))
+                job.finish(too_late(self._name, waited=True))
             try:
                 self._execute(jobs)
             finally:
@@ -290,7 +277,7 @@ class BatchRunner:
                     self._runners.discard(threading.current_thread())
                     return
             for job in expired:
-                job.finish(self._too_late(waited=True))
+                job.finish(too_late(self._name, waited=True))
             if batch:
                 try:
                     self._execute(batch)
@@ -353,15 +340,12 @@ class BatchRunner:
 
     def _together(self, jobs: tuple[Job, ...]) -> None:
         before = time.perf_counter_ns()
-        names = jobs[0].inputs
-        stacked = {name: np.concatenate([job.inputs[name] for job in jobs]) for name in names}
-        outputs = union(jobs)
-        latest: float | None = 0.0
-        for job in jobs:
-            latest = None if latest is None or job.deadline is None else max(latest, job.deadline)
+        stacked = stack(jobs)
         running = time.perf_counter_ns()
         try:
-            results = self._execute_model(stacked, outputs, latest, len(jobs))
+            results = self._execute_model(
+                stacked.inputs, stacked.outputs, stacked.deadline, len(jobs)
+            )
         except ScoringError as error:
             if error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL):
                 # One of them may be at fault: the others must not pay for it.
@@ -369,8 +353,8 @@ class BatchRunner:
                 return
             raise
         ran = time.perf_counter_ns()
-        items = sum(job.items for job in jobs)
-        if any(not array.ndim or array.shape[0] != items for array in results.values()):
+        answers = split(jobs, results, stacked.items)
+        if answers is None:
             log.warning(
                 "%s does not answer a batch item by item; its requests run singly from now on",
                 self._name,
@@ -378,15 +362,12 @@ class BatchRunner:
             self.config = replace(self.config, max_batch=1, max_delay=0.0, preferred=())
             self._one_by_one(jobs)
             return
-        start = 0
-        answers = []
-        for job in jobs:
-            end = start + job.items
-            wanted = results if job.outputs is None else job.outputs
-            answers.append({name: results[name][start:end] for name in wanted})
-            start = end
         self._statistics.executed(
-            items, len(jobs), running - before, ran - running, time.perf_counter_ns() - ran
+            stacked.items,
+            len(jobs),
+            running - before,
+            ran - running,
+            time.perf_counter_ns() - ran,
         )
         for job, answer in zip(jobs, answers, strict=True):
             job.finish(answer)
@@ -394,7 +375,7 @@ class BatchRunner:
     def _one_by_one(self, jobs: tuple[Job, ...]) -> None:
         for job in jobs:
             if job.deadline is not None and job.deadline <= self._now():
-                job.finish(self._too_late(waited=True))
+                job.finish(too_late(self._name, waited=True))
                 continue
             try:
                 self._alone(job)
@@ -410,13 +391,6 @@ class BatchRunner:
             f"{self._name}: {len(self._queue)} requests are waiting already; try again in "
             f"{after:.2g} s, or send fewer at once",
             after,
-        )
-
-    def _too_late(self, waited: bool) -> ScoringError:
-        when = "before the model was run" if waited else "while the model was running"
-        return ScoringError(
-            Code.DEADLINE_EXCEEDED,
-            f"{self._name}: the deadline passed {when}; allow more time or send less at once",
         )
 
 

@@ -21,7 +21,6 @@ from ...accelerators.tensors import Array, TensorSpec
 from . import breaker as circuit
 from .batching import BatchConfig
 from .batching_choice import has_batch_axis
-from .batching_job import Done
 from .batching_runner import BatchRunner
 from .errors import Code, ScoringError
 from .statistics import MirrorStatistics, Statistics
@@ -142,6 +141,8 @@ class Member:
 class Instance:
     """One version of a model, opened on one or more backends. Thread-safe.
 
+    `run` and `submit` are `BatchRunner.call` and `BatchRunner.submit`.
+
     `inputs` and `outputs` are model.json's. `timeout` bounds a request that brings no earlier
     deadline, in seconds (None: unbounded).
     """
@@ -190,6 +191,10 @@ class Instance:
             free_sizes=bool(optional) or any(-1 in spec.shape[1:] for spec in specs),
             now=now,
         )
+        # On the first backend that can answer, perhaps together with other requests: every request
+        # comes through here, so there is no call in between.
+        self.run = self._runner.call
+        self.submit = self._runner.submit
         # Taken directly where nobody waits: a Condition's own `with` costs more.
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -251,36 +256,6 @@ class Instance:
             self._in_flight -= 1
             if self._in_flight == 0 and self._closing:
                 self._idle.notify_all()
-
-    def run(
-        self,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None = None,
-        deadline: float | None = None,
-        priority: int = 0,
-    ) -> dict[str, Array]:
-        """Answer, perhaps together with other requests, on the first backend that can.
-
-        `priority`: 1 (first) to 10, 0 for the default, 5. Arrays may be views of larger ones.
-        Raises ScoringError: INVALID_ARGUMENT, DEADLINE_EXCEEDED, UNAVAILABLE, INTERNAL.
-        """
-        return self._runner.call(inputs, outputs, deadline, priority)
-
-    def submit(
-        self,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None,
-        deadline: float | None,
-        priority: int,
-        done: Done,
-        wake: bool = True,
-    ) -> None:
-        """As `run` without blocking: `done` gets the results or a ScoringError on another thread.
-
-        `wake` False: nothing runs before `serve_here`. Raises ScoringError UNAVAILABLE when too
-        many requests wait.
-        """
-        self._runner.submit(inputs, outputs, deadline, priority, done, wake)
 
     def serve_here(self) -> None:
         """Run what waits, on this thread if that is short and on the CPU, which never hangs."""
