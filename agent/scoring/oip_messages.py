@@ -10,7 +10,7 @@ from ...accelerators.tensors import TensorSpec
 from ...protos import open_inference_pb2 as oip
 from .errors import Code, ScoringError
 from .shared_memory import SharedMemory
-from .tensor_codec import TYPED_FIELDS, decode_raw, decode_typed, encode_raw, typed_values
+from .tensor_codec import BF16, TYPED_FIELDS, decode_raw, decode_typed, encode_raw, typed_values
 from .types import InferenceRequest, InferenceResponse, ModelMetadata, Tensor
 from .validation import check_contents
 
@@ -253,7 +253,8 @@ def _decode_contents(
     contents = tensor.contents
     field = TYPED_FIELDS.get(tensor.datatype, "")
     for descriptor, _ in contents.ListFields():
-        if descriptor.name != field:
+        # Of a datatype nobody knows, that is what to tell.
+        if descriptor.name != field and tensor.datatype in (*TYPED_FIELDS, "FP16", BF16):
             raise ScoringError(
                 Code.INVALID_ARGUMENT,
                 f"tensor {tensor.name!r}: contents are in {descriptor.name}, expected "
