@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +50,76 @@ MODEL = {
 }
 
 
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+@dataclass
+class Served:
+    """`requests` is None where the registry does not tell."""
+
+    address: str
+    requests: list[tuple[str, str]] | None = None
+
+
+@contextmanager
+def simulated(folder: Path) -> Iterator[Served]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    served = Registry(tmp_path_factory.mktemp("registry"))
+    registry = Registry(folder)
 
     def call(work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, loop).result(20)
 
-    call(served.start())
-    yield served
-    call(served.stop())
+    call(registry.start())
+    yield Served(registry.address, registry.requests)
+    call(registry.stop())
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
     loop.close()
+
+
+@contextmanager
+def distribution(folder: Path) -> Iterator[Served]:
+    binary = shutil.which("docker-registry")
+    if binary is None:
+        message = "needs docker-registry (apt-get install docker-registry)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    config = {
+        "version": "0.1",
+        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "http": {"addr": "127.0.0.1:0"},
+    }
+    (folder / "config.yml").write_text(json.dumps(config))  # JSON is YAML too
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [binary, "serve", str(folder / "config.yml")],
+            stdout=log,
+            stderr=log,
+            env={"PATH": os.environ["PATH"], "OTEL_TRACES_EXPORTER": "none"},
+        )
+    try:
+        deadline = time.monotonic() + 20
+        while not (found := LISTENING.search((folder / "log").read_text())):
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+                pytest.fail((folder / "log").read_text())
+        yield Served(found[1])
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+LISTENING = re.compile(r"listening on (127\.0\.0\.1:\d+)")
+KINDS = {"simulated": simulated, "distribution": distribution}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def registry(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    with KINDS[request.param](tmp_path_factory.mktemp("registry")) as served:
+        yield served
 
 
 class Site:
@@ -115,7 +175,7 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, registry: Registry) -> Iterator[Site]:
+def site(tmp_path: Path, registry: Served) -> Iterator[Site]:
     site = Site(tmp_path, registry.address)
     yield site
     site.close()
@@ -172,7 +232,7 @@ def test_refused_before_a_layer_is_here(
     assert len(list((site.folder / "images").rglob("sha256/*"))) <= 1  # the manifest at most
 
 
-def test_a_signed_image_is_taken_and_known_from_then_on(site: Site, registry: Registry) -> None:
+def test_a_signed_image_is_taken_and_known_from_then_on(site: Site, registry: Served) -> None:
     ref = site.push("v1", b"v1")
     site.sign(ref, "other")
     site.sign(ref)
@@ -180,10 +240,10 @@ def test_a_signed_image_is_taken_and_known_from_then_on(site: Site, registry: Re
     trust = site.trust()
     site.pull(ref, trust)
     assert [image.digest for image in site.images.images()] == [ref.digest]
-    asked = len(registry.requests)
+    asked = len(registry.requests or ())
     assert trust.check(site.client, ref, str(ref.digest)) is None
     trust.check_stored(ref, str(ref.digest))
-    assert len(registry.requests) == asked
+    assert len(registry.requests or ()) == asked
     # A key that is withdrawn takes what it signed with it, except where another one signed too.
     again = site.trust(keys=("other",))
     with pytest.raises(ImageError, match="came here before signatures were asked for"):
@@ -324,8 +384,6 @@ def test_the_commands_say_who_signed(
 
 
 def test_keys_of_openssl_do(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    import subprocess
-
     assert shutil.which("openssl")
     key, public = site.folder / "o.key", site.folder / "o.pub"
     for words in (
