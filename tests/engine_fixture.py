@@ -294,6 +294,11 @@ class Engine:
         for name in ("pid", "docker.sock"):
             (self.folder / name).unlink(missing_ok=True)
 
+    def signal(self, number: signal.Signals) -> None:
+        """To dockerd itself; its containers go on."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def close(self) -> None:
         if self._process is not None and self._answers():
             for container in self.client.containers(all=True):

@@ -63,6 +63,16 @@ _KNOWN: tuple[tuple[str, bool, str], ...] = (
         True,
         "make the folder on this device, or correct the mount",
     ),
+    (
+        r"logging driver does not support reading",
+        False,
+        "set HostConfig.LogConfig of the module to json-file, local or journald",
+    ),
+    (
+        r"verification failed for digest|filesystem layer verification failed",
+        True,
+        "the registry's copy is damaged: push the image again",
+    ),
     (r"network .* not found", True, "make the network, or name it as docker.network"),
     (
         r"invalid reference format|invalid repository name",

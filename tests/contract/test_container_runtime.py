@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import time
 import uuid
 from datetime import datetime, timedelta, timezone
@@ -18,6 +19,8 @@ from gatelet.agent.runtime.container import LogFilter, RuntimeFailed
 from gatelet.agent.runtime.create_body import CreateFacts, create_body
 from gatelet.agent.runtime.docker import DockerRuntime
 from gatelet.agent.runtime.policy import DockerPolicy
+from gatelet.modules.oci.client import RegistryClient
+from gatelet.modules.oci.reference import ImageRef
 from gatelet.modules.oci.transport import RegistrySettings
 from gatelet.simulator.engine import SimulatedEngine
 
@@ -637,6 +640,73 @@ class Door:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.server.wait_closed()
+
+
+async def test_a_damaged_layer_is_never_run(real):
+    runtime = real.runtime()
+    pushed = real.engine.push(f"{unique()}:1", files={"noise": os.urandom(100_000)})
+    settings = RegistrySettings(real.engine.registry.address)
+    ref = ImageRef.parse(pushed.name)
+    with RegistryClient(settings) as client:
+        manifest = json.loads(client.get_manifest(ref.repository, pushed.digest).raw)
+    file = real.engine.registry.blob_file(manifest["layers"][1]["digest"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(RuntimeFailed, match="push the image again") as failed:
+        await runtime.pull(pushed.name, pushed.digest, (), lambda progress: None)
+    assert failed.value.retryable
+    file.write_bytes(whole)
+    await runtime.pull(pushed.name, pushed.digest, (), lambda progress: None)
+
+
+async def test_a_registry_that_is_away(real):
+    runtime = real.runtime()
+    registry = real.engine.add_registry()
+    pushed = real.engine.push("away:1", registry=RegistrySettings(registry.address))
+    registry.stop()
+    with pytest.raises(RuntimeFailed, match=f"that {registry.address} runs") as failed:
+        await runtime.pull(pushed.name, pushed.digest, (), lambda progress: None)
+    assert failed.value.retryable
+    registry.start()
+    await runtime.pull(pushed.name, pushed.digest, (), lambda progress: None)
+
+
+async def test_an_engine_that_hangs_is_given_up_in_time(real):
+    runtime = DockerRuntime(real.engine.socket, real.device, timeout=1)
+    real.runtimes.append(runtime)
+    assert await runtime.containers() == ()
+    real.engine.signal(signal.SIGSTOP)
+    try:
+        for call in (runtime.containers(), runtime.start("x"), runtime.info()):
+            begin = time.monotonic()
+            with pytest.raises(RuntimeFailed, match="stuck or very busy") as failed:
+                await call
+            assert failed.value.retryable
+            assert time.monotonic() - begin < 5
+    finally:
+        real.engine.signal(signal.SIGCONT)
+    assert await runtime.containers() == ()
+
+
+async def test_a_log_that_cannot_be_read_says_how_to_have_one(real):
+    runtime = real.runtime()
+    spec = await made(real, runtime, HostConfig={"LogConfig": {"Type": "none"}})
+    with pytest.raises(RuntimeFailed, match="LogConfig") as failed:
+        await lines(runtime, spec)
+    assert not failed.value.retryable
+
+
+async def test_closing_ends_what_waits(real):
+    runtime = real.runtime()
+    stream = runtime.events()
+    await asyncio.wait_for(stream.__anext__(), SECONDS)
+    waiting = asyncio.ensure_future(stream.__anext__())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(runtime.close(), SECONDS)
+    with pytest.raises(RuntimeFailed):
+        await asyncio.wait_for(waiting, SECONDS)
+    with pytest.raises(RuntimeFailed):
+        await runtime.containers()
 
 
 async def test_a_link_on_the_host_must_be_permitted_too(real, tmp_path):
