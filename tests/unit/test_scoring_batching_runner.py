@@ -283,3 +283,18 @@ def test_everyone_is_answered_once_and_rightly(
         np.testing.assert_array_equal(value["y"], 2 * row(index, requests[index][0]))
     assert statistics.snapshot().success.count == len(requests)
     assert sum(model.runs) == sum(items for items, _ in requests)
+
+
+def test_the_endpoints_own_priority_is_for_requests_that_name_none() -> None:
+    busy = Busy(BatchConfig(max_batch=1, priority=8))
+    order: list[str] = []
+    try:
+        for name, priority in (("unnamed", 0), ("last", 9), ("middle", 5), ("first", 1)):
+            busy.runner.submit(
+                {"x": row(1)}, None, None, priority, lambda _, name=name: order.append(name)
+            )
+        busy.release()
+        wait_for(lambda: len(order) == 4)
+    finally:
+        busy.close()
+    assert order == ["first", "middle", "unnamed", "last"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,3 +205,54 @@ def test_status_answers_while_a_model_loads(site: Site, tmp_path: Path) -> None:
     for thread in threads:
         thread.join(20)
     assert len(site.status().instances) == 8
+
+
+def test_runs_at_a_time_and_the_usual_priority_can_be_chosen(site: Site, tmp_path: Path) -> None:
+    folder = onnx_models.scale_folder(tmp_path / "m", 3)
+    site.load("e", folder, instances=3, priority=2)
+    site.probe("e")
+    site.switch({"e": [("e", 0, True)]})
+    config = site.server_instance("e").batching
+    assert (config.slots, config.priority) == (3, 2)
+
+
+def test_sticky_sessions_named_deployments_and_mirrors_over_grpc(
+    site: Site, tmp_path: Path
+) -> None:
+    import tritonclient.grpc as triton
+
+    for version in ("1", "2"):
+        folder = onnx_models.scale_folder(tmp_path / version, float(version), version=version)
+        site.load(f"m{version}@x", folder)
+        site.probe(f"m{version}@x")
+    targets = [
+        pb.RouteTarget(instance="m1@x", default=True),
+        pb.RouteTarget(instance="m2@x", percent=50),
+    ]
+    route = pb.Route(endpoint="e", targets=targets, sticky_header="X-User")
+    site.control.switch(pb.SwitchRequest(routes=[route]), 10)
+    assert site.status().routes[0].sticky_header == "x-user"
+    x = triton.InferInput("x", [1, 4], "FP32")
+    x.set_data_from_numpy(X["x"])
+    with triton.InferenceServerClient(site.address) as client:
+
+        def version(**headers: str) -> str:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            return str(client.infer("e", [x], headers=named).get_response().model_version)
+
+        by_user = {user: {version(x_user=user) for _ in range(5)} for user in "abcdefghij"}
+        assert all(len(versions) == 1 for versions in by_user.values())
+        assert {"1", "2"} == set().union(*by_user.values())
+        assert version(azureml_model_deployment="m2") == "2"
+        with pytest.raises(triton.InferenceServerException, match="deployed: 'm1', 'm2'"):
+            version(azureml_model_deployment="m3")
+        mirrored = [targets[0], pb.RouteTarget(instance="m2@x", mirror=100, mirror_tolerance=0.1)]
+        route = pb.Route(endpoint="e", targets=mirrored)
+        site.control.switch(pb.SwitchRequest(routes=[route]), 10)
+        assert {version() for _ in range(10)} == {"1"}
+    deadline = time.monotonic() + 10
+    while (counts := site.status().instances[1].mirror).compared < 10:
+        assert time.monotonic() < deadline, counts
+    assert (counts.differing, counts.failed, counts.dropped) == (10, 0, 0)
+    assert site.status().routes[0].targets[1].mirror == 100
+    assert site.status().instances[0].counts.successes >= 10
