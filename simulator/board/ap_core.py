@@ -96,6 +96,7 @@ class ApCore:
         self.written: dict[tuple[int, ...], int] = {}
         """BNN-PYNQ: (layer, unit, index, threshold) -> value."""
         self._count = described.get("count")
+        self._window = bool(described.get("window"))
         self._values: dict[int, int] = {}
         self._dataflow = dataflow
         self._done = False
@@ -123,7 +124,7 @@ class ApCore:
         if offset:
             self._values[offset] = value
         elif value & _START and not self.running:
-            if self._values.get(_DO_INIT):
+            if self._window and self._values.get(_DO_INIT):
                 place = tuple(self._values.get(part, 0) for part in _PLACE)
                 self.written[place] = self.address(_VALUE)
                 self._done = True

@@ -22,7 +22,8 @@ _LAYOUT = struct.Struct("<III")
 class Container:
     """`engine` says what computes (see `engines.open_engine`), `cores` what starts it.
 
-    Each of `cores` is a started core: {"name", "pointers": [[offset, role, index]], "count"}.
+    Each of `cores` is a started core: {"name", "pointers": [[offset, role, index]], "count"}; with
+    "window" it has BNN-PYNQ's window to its memories.
     """
 
     engine: Mapping[str, Any]

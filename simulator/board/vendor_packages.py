@@ -195,6 +195,7 @@ def write_bnn_pynq_package(
         "name": core.name,
         "pointers": [[0x10, "in", 0], [0x1C, "out", 0]],
         "count": 0x5C,
+        "window": True,
     }
     design = StreamDesign("procsys", part, 100.0, dma=None, lite=(core,))
     path = directory / "lfcW1A1-pynqZ1-Z2.bit"
