@@ -688,6 +688,18 @@ async def test_an_engine_that_hangs_is_given_up_in_time(real):
     assert await runtime.containers() == ()
 
 
+async def test_a_killed_engine(real):
+    runtime = real.runtime()
+    spec = await made(real, runtime)
+    await asyncio.to_thread(real.engine.stop, signal.SIGKILL)
+    await asyncio.to_thread(real.engine.start)
+    found = await view(runtime, spec)
+    # The new one ended what the old one left, kindly: the exit code is 0 and tells nothing.
+    assert (found.state, found.exit_code, found.drift) == ("exited", 0, ())
+    await runtime.start(spec.name)
+    assert (await view(runtime, spec)).state == "running"
+
+
 async def test_a_log_that_cannot_be_read_says_how_to_have_one(real):
     runtime = real.runtime()
     spec = await made(real, runtime, HostConfig={"LogConfig": {"Type": "none"}})
