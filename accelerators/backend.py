@@ -98,6 +98,15 @@ class Concurrent(Protocol):
 
 
 @runtime_checkable
+class Waiting(Protocol):
+    """A session whose `run` may have to wait before it computes, for memory say: never to be called
+    from an event loop."""
+
+    @property
+    def may_wait(self) -> bool: ...
+
+
+@runtime_checkable
 class WithOptionalInputs(Protocol):
     """A session whose model has defaults for some more inputs."""
 

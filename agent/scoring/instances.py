@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
-from ...accelerators.backend import Session
+from ...accelerators.backend import Session, Waiting
 from ...accelerators.errors import (
     BackendError,
     BackendUnavailable,
@@ -51,7 +51,8 @@ class BackendReport:
 class Member:
     """One session of an instance, with its breaker and counts.
 
-    `proven`: whether its answers may be given out, because it passed the probe.
+    `proven`: whether its answers may be given out, because it passed the probe. `prompt`: whether
+    it computes at once, and never hangs.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Member:
         self.session = session
         self.variant = variant
         self.name = session.backend
+        self.prompt = self.name == "cpu" and not (isinstance(session, Waiting) and session.may_wait)
         self.proven = proven
         self._now = now
         self._lock = threading.Lock()
@@ -258,10 +260,10 @@ class Instance:
                 self._idle.notify_all()
 
     def serve_here(self) -> None:
-        """Run what waits, on this thread if that is short and on the CPU, which never hangs."""
+        """Run what waits, on this thread if that is short and computed at once."""
         members = self._members
-        on_cpu = bool(members) and members[0].name == "cpu"
-        self._runner.serve_here(_SHORT_SECONDS if on_cpu else 0.0)
+        prompt = bool(members) and members[0].prompt
+        self._runner.serve_here(_SHORT_SECONDS if prompt else 0.0)
 
     def _answer(
         self,

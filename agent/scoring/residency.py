@@ -232,6 +232,8 @@ class BudgetedBackend:
 class BudgetedSession:
     """A session that may be out of memory between requests; its signature stays."""
 
+    may_wait = True
+
     def __init__(self, residency: Residency, open_: Callable[[], Session], size: int) -> None:
         self.size = size
         self.used = residency.now()

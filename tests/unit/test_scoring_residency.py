@@ -204,6 +204,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_all_endpoints_answer_within_the_budget(site: Site) -> None:
+    # An event loop must not wait for a model to be loaded.
+    assert not any(member.prompt for member in site.server_instance("1").members)
     with ScoringClient(site.address, timeout=10) as client:
         for _ in range(3):
             for name in "123":
