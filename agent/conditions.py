@@ -257,6 +257,9 @@ def _container(snapshot: Snapshot, module: WantedModule) -> tuple[RuntimeStatus,
         return "unknown", "its container is not made yet"
     if view.state == "dead":
         return "dead", "its container is dead and will be removed"
+    if module.container is not None and view.spec != module.container.fingerprint():
+        # Not "running": whoever waits for this deployment would take the old one for it.
+        return "unknown", f"{view.state} as it was before, to be replaced"
     state = snapshot.restarts.get(module.name, NEW)
     rules = snapshot.rules.restarts
     verdict = decide(module.policy, state, view, rules, snapshot.now)

@@ -63,6 +63,29 @@ def test_an_update_pulls_before_it_stops() -> None:
     play(scenario)
 
 
+def test_an_update_is_not_reported_as_running_while_the_old_container_runs() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        device.reconciler.submit("local", 0, manifest(aa={"image": V1, "env": {"A": "1"}}))
+        seen = []
+
+        def looked() -> bool:
+            wanted = device.snapshot.wanted
+            if wanted is not None and wanted.generation == 2:
+                (module,) = wanted.modules
+                made = [view.spec for view in device.snapshot.observed.containers.values()]
+                new = module.container is not None and made == [module.container.fingerprint()]
+                seen.append((status(device, "aa")[0], new))
+            return device.phase() == "good" and ("running", True) in seen
+
+        await device.until(looked)
+        assert ("running", False) not in seen
+        assert len(set(seen)) > 1
+
+    play(scenario)
+
+
 def test_what_did_not_change_goes_on_untouched() -> None:
     async def scenario(device: Device) -> None:
         publish(device, V1, V2)
