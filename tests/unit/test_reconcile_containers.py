@@ -67,6 +67,7 @@ def test_an_update_is_not_reported_as_running_while_the_old_container_runs() -> 
     async def scenario(device: Device) -> None:
         publish(device, V1, V2)
         await device.good(manifest(aa=V1))
+        device.engine.faults.call_seconds = 2.0
         device.reconciler.submit("local", 0, manifest(aa={"image": V1, "env": {"A": "1"}}))
         seen = []
 
