@@ -210,8 +210,11 @@ class DataPlane:
         while True:
             table = self._table
             route = self._route(request.model)
-            at = place(route, headers, self._draw)
-            target = self._target(route, request.version, at, name)
+            if route.bounds or request.version or name:
+                at = place(route, headers, self._draw)
+                target = self._target(route, request.version, at, name)
+            else:
+                target = route.default
             if target.instance.begin():
                 return route, target
             # It is being closed: a switch happened since the table was read.

@@ -104,6 +104,27 @@ def slow_folder(folder: Path) -> Path:
     return onnx_models.write_folder(folder, content, *specs, name="scaler", version="slow")
 
 
+def ensemble_folder(folder: Path) -> Path:
+    """y = 2 (3 x), over the endpoints "two" and "one"."""
+    folder.mkdir()
+    steps = [
+        {"model_name": "two", "input_map": {"x": "x"}, "output_map": {"y": "half"}},
+        {"model_name": "one", "input_map": {"x": "half"}, "output_map": {"y": "y"}},
+    ]
+    tensor = {"datatype": "FP32", "shape": [-1, 4]}
+    document = {
+        "name": "together",
+        "version": "1",
+        "framework": "ensemble",
+        "inputs": [{"name": "x", **tensor}],
+        "outputs": [{"name": "y", **tensor}],
+        "variants": [{"kind": "ensemble", "path": "ensemble.json"}],
+    }
+    (folder / "ensemble.json").write_text(json.dumps({"ensemble_scheduling": {"step": steps}}))
+    (folder / "model.json").write_text(json.dumps(document))
+    return folder
+
+
 class Fleet:
     """A device, and the images of three versions of a model."""
 
@@ -112,7 +133,8 @@ class Fleet:
         self.images = images
 
     def desire(self, **modules: dict[str, str]) -> int:
-        """Deploy these versions, each as a module of one endpoint with these options."""
+        """Deploy these versions, each as a module with these options, of one endpoint if they name
+        no other."""
         content = deployment(self.images["one"], backends="cpu")
         desired = content["modulesContent"]["$edgeAgent"]["properties.desired"]
         (pattern,) = desired["modules"].values()
@@ -161,6 +183,7 @@ async def fleet(
         "two": onnx_models.scale_folder(tmp_path / "two", 3, name="scaler", version="2"),
         "slow": slow_folder(tmp_path / "slow"),
     }
+    folders["together"] = ensemble_folder(tmp_path / "together")
     images = {
         version: await device.push(version, folder, "scaler") for version, folder in folders.items()
     }
@@ -244,3 +267,16 @@ async def test_a_slow_canary_is_rolled_back_for_good(fleet: Fleet) -> None:
     await fleet.routed(one=100, slow=0)
     stored = await fleet.until("slow", lambda m: m.get("canary") is not None)
     assert stored["canary"] == state["canary"], json.dumps(stored)
+
+
+async def test_an_ensemble_is_deployed_like_any_model(fleet: Fleet) -> None:
+    endpoints = {name: {"ENDPOINT": name} for name in ("together", "one", "two")}
+    await fleet.device.until_good(fleet.desire(**endpoints))
+
+    def ask() -> Any:
+        x = triton.InferInput("x", [1, 4], "FP32")
+        x.set_data_from_numpy(np.ones((1, 4), np.float32))
+        with triton.InferenceServerClient(fleet.device.grpc_address) as client:
+            return client.infer("together", [x]).as_numpy("y").tolist()
+
+    assert await asyncio.to_thread(ask) == [[6.0] * 4]
