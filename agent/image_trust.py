@@ -6,11 +6,11 @@ keeps the image needs the registry again. Blocking: for threads.
 
 from __future__ import annotations
 
-from ..modules.errors import OlderGeneration, Untrusted
+from ..modules.errors import OlderGeneration, StorageFailed, Untrusted
 from ..modules.oci.client import RegistryClient
 from ..modules.oci.reference import ImageRef
 from ..modules.oci.signatures import Signer, fetch_signatures, trusted_signer
-from .store import Proof, StateStore
+from .store import Proof, StateStore, StoreError
 from .trust import ImageRule, Trust
 
 
@@ -24,7 +24,8 @@ class ImageTrust:
     def check(self, client: RegistryClient, ref: ImageRef, digest: str) -> Signer | None:
         """Verify the image `digest` of `ref`; None where no signature is asked for or it is known.
 
-        Raises Unsigned, Untrusted (OlderGeneration), and what reading from the registry raises.
+        Raises Unsigned, Untrusted (OlderGeneration), StorageFailed, and what reading from the
+        registry raises.
         """
         rule = self._trust.rule_for(ref)
         if rule is None or self._accepted(ref, digest, rule):
@@ -33,7 +34,10 @@ class ImageTrust:
         signer = trusted_signer(digest, fetch_signatures(client, ref, digest), rule.keys, what)
         self._check_generation(ref, digest, signer.generation, rule)
         proof = Proof(_scope(ref), digest, signer.fingerprint, signer.generation)
-        self._store.note_proof(proof)
+        try:
+            self._store.note_proof(proof)
+        except StoreError as error:  # a generation that is not remembered protects nothing
+            raise StorageFailed(str(error)) from error
         return signer
 
     def check_stored(self, ref: ImageRef, digest: str) -> None:

@@ -29,7 +29,7 @@ from .manifest_reference import (
 )
 from .preview import Preview
 from .reconcile import Reconciler, Verdict
-from .store import Pending, Proof, StateStore, document_hash
+from .store import Pending, Proof, StateStore, StoreError, document_hash
 from .trust import Trust, older_than_accepted
 from .twin.backoff import full_jitter
 
@@ -136,7 +136,12 @@ class ManifestSource:
                     return Verdict(FETCHING, f"fetching the manifest from {reference.place}")
                 verdict = self._accept(source, version, body, reference, known, always)
         except ManifestError as error:
-            verdict = self._reconciler.refuse(source, version, body, error)
+            try:
+                verdict = self._reconciler.refuse(source, version, body, error)
+            except StoreError as full:
+                # Nothing that runs changes by it; the next time it comes it is judged again.
+                log.error("%s", full)
+                return Verdict(error.code, str(error))
         # What another source is refused does not end what this one waits for.
         if own or verdict.code == 200:
             self._await(None)
@@ -210,13 +215,19 @@ class ManifestSource:
         return Awaited(pending, reference)
 
     def _await(self, awaited: Awaited | None) -> None:
-        before = None if self._awaited is None else self._awaited.pending
-        pending = None if awaited is None else awaited.pending
-        if pending != before and (pending is not None or self._store.pending() is not None):
-            self._store.wait_for(pending)
         self._awaited = awaited
         self._changed.set()
         self._reconciler.wake()
+        self._remember()
+
+    def _remember(self) -> None:
+        """Store what is awaited; a full disk delays that, and not the fetch."""
+        pending = None if self._awaited is None else self._awaited.pending
+        try:
+            if pending != self._store.pending():
+                self._store.wait_for(pending)
+        except StoreError as error:
+            log.error("%s", error)
 
     def _check_unsigned(self) -> None:
         if self._trust.manifests_required:
@@ -314,9 +325,18 @@ class ManifestSource:
             self._failed(awaited, str(error))
             return
         try:
-            self._accept(source, version, document, reference, body, awaited.always)
-        except ManifestError as error:
-            self._reconciler.refuse(source, version, document, error)
+            try:
+                verdict = self._accept(source, version, document, reference, body, awaited.always)
+            except ManifestError as error:
+                verdict = self._reconciler.refuse(source, version, document, error)
+        except StoreError as error:
+            self._failed(awaited, str(error))
+            return
+        if verdict.code == FAILED:
+            # The control loop keeps it until it can be stored; until then a crash begins anew.
+            self._awaited = None
+            self._changed.set()
+            return
         self._await(None)
 
     def _failed(self, awaited: Awaited, error: str) -> None:
@@ -330,6 +350,7 @@ class ManifestSource:
             retry_at=self._clock.monotonic() + pause,
             error=error,
         )
+        self._remember()
         self._reconciler.wake()
 
 

@@ -9,6 +9,7 @@ import json
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric import ec
-from gatelet.agent.clock import SystemClock
+from gatelet.agent.clock import Clock, SystemClock
 from gatelet.agent.main import main
 from gatelet.agent.manifest import ManifestError
 from gatelet.agent.manifest_fetch import FetchFailed, HttpFetch
@@ -27,6 +28,7 @@ from gatelet.agent.store import StateStore
 from gatelet.agent.trust import Trust
 from gatelet.modules.signing import PrivateKey, read_private_key
 from gatelet.simulator.pki import Pki
+from gatelet.simulator.virtual_time import VirtualClock, run
 
 AGENT = {"type": "docker", "settings": {"image": "agent:1"}}
 
@@ -110,24 +112,26 @@ def server() -> Iterator[Server]:
 
 
 class Device:
-    def __init__(self, folder: Path, trust: Trust | None = None, **options: Any) -> None:
-        self.store = StateStore(folder / "state.db", SystemClock())
+    def __init__(
+        self, folder: Path, trust: Trust | None = None, clock: Clock | None = None, **options: Any
+    ) -> None:
+        clock = clock or SystemClock()
+        self.store = StateStore(folder / "state.db", clock)
 
         reconciler = Reconciler(
             self.store,
             None,  # type: ignore[arg-type]  # nothing is carried out here
-            SystemClock(),
+            clock,
             ReconcileSettings(),
             lambda snapshot: None,
         )
         self.source = ManifestSource(
             self.store,
             reconciler,
-            SystemClock(),
+            clock,
             trust=trust,
-            retry_seconds=(0.01, 0.02),
             jitter=Random(1),
-            **options,
+            **{"retry_seconds": (0.01, 0.02), **options},
         )
         self._job: asyncio.Task[None] | None = None
 
@@ -472,6 +476,57 @@ async def test_a_key_that_is_withdrawn_is_not_trusted_and_leaves_no_lock(tmp_pat
     async with Device(tmp_path, REQUIRE) as device:
         assert device.source.submit("iothub", 3, inline(high, OTHER.sign(high))).code == 403
         assert device.source.submit("iothub", 4, inline(SIX, KEY.sign(SIX))).code == 200
+
+
+async def test_a_full_disk_delays_and_loses_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = manifest()
+    async with Device(tmp_path) as device:
+        (pages,) = device.store._db.execute("PRAGMA page_count").fetchone()
+        device.store._db.execute(f"PRAGMA max_page_count={pages}")
+        wide = {"url": f"http://{server.address}/m.json?{'x' * 1900}"}
+        inside = json.loads(server.reference(body))["manifest"] | wide
+        reference = json.dumps({"manifest": inside, "$metadata": {"x": "x" * 9000}}).encode()
+        # It is not stored, and fetched all the same.
+        assert device.source.submit("local", 0, reference).code == 202
+        assert device.store.pending() is None
+        await device.until(lambda: bool(device.source.awaited and device.source.awaited.error))
+        # Refusals cannot be stored either.
+        assert device.source.submit("mqtt", 0, b"{" + b" " * 9000).code in (400, 500)
+        device.store._db.execute("PRAGMA max_page_count=100000")
+        await device.until(lambda: device.store.pending() is not None)
+        server.answers["/m.json"] = body
+        assert (await device.settled())[0] == 200
+        assert device.store.pending() is None
+
+
+def test_three_days_without_a_network(tmp_path: Path) -> None:
+    body = manifest()
+    inside = {"url": "https://h/m", "sha256": hashlib.sha256(body).hexdigest()}
+    asked: list[float] = []
+
+    async def days(clock: VirtualClock) -> float:
+        def fetch(url: str, stop: Callable[[], bool]) -> bytes:
+            asked.append(clock.monotonic())
+            if clock.monotonic() < 72 * 3600:
+                raise FetchFailed("no route to host")
+            return body
+
+        async with Device(tmp_path, clock=clock, fetch=fetch, retry_seconds=(1.0, 60.0)) as device:
+            device.source.submit("iothub", 1, json.dumps({"manifest": inside}).encode())
+            await asyncio.sleep(72 * 3600)
+            assert device.store.latest() is None
+            device.source.retry_now()
+            began = clock.monotonic()
+            assert await device.settled() == (200, "")
+            return clock.monotonic() - began
+
+    assert run(days) < 0.1
+    pauses = [after - before for before, after in pairwise(asked)]
+    assert max(pauses) <= 60.0
+    # Full jitter: half of the cap on average, and no two devices alike.
+    assert 25 < sum(pauses[10:]) / len(pauses[10:]) < 35
 
 
 async def test_a_preview_judges_and_fetches_nothing(server: Server, tmp_path: Path) -> None:
