@@ -19,6 +19,10 @@ DEFAULT_SEVERITY = 6
 MATCHED_CHARACTERS = 4096
 """A regular expression looks at this much of a line."""
 
+KEPT_BYTES = 16 * 1024 * 1024
+"""Most of a log that is held at once: a device has little memory, and a container may say a lot."""
+_LINE_OVERHEAD = 150
+
 # The format that IoT Edge recommends to modules: <severity> yyyy-MM-dd HH:mm:ss.fff zzz text
 _PREFIX = re.compile(
     r"(?:<([0-7])>)?\s*"
@@ -86,11 +90,40 @@ def within(line: LogLine, where: LogFilter) -> bool:
     return after and (where.until is None or line.at <= where.until)
 
 
+class Choice:
+    """The lines that a filter takes, its tail at most, and of these the newest `KEPT_BYTES`."""
+
+    def __init__(self, wanted: LineFilter) -> None:
+        self._wanted = wanted
+        self._lines: deque[LogLine] = deque()
+        self._size = 0
+
+    def add(self, line: LogLine) -> None:
+        wanted = self._wanted
+        if not (within(line, wanted.where) and wanted.takes(line)):
+            return
+        self._lines.append(line)
+        self._size += _size(line)
+        tail = wanted.where.tail
+        while self._lines and (
+            self._size > KEPT_BYTES or (tail is not None and len(self._lines) > tail)
+        ):
+            self._size -= _size(self._lines.popleft())
+
+    def lines(self) -> list[LogLine]:
+        return list(self._lines)
+
+
 def chosen(lines: Iterable[LogLine], wanted: LineFilter) -> list[LogLine]:
-    """The lines that the whole filter takes, the tail last."""
-    taken: deque[LogLine] = deque(maxlen=wanted.where.tail)
-    taken.extend(line for line in lines if within(line, wanted.where) and wanted.takes(line))
-    return list(taken)
+    """The same for lines that are there already."""
+    choice = Choice(wanted)
+    for line in lines:
+        choice.add(line)
+    return choice.lines()
+
+
+def _size(line: LogLine) -> int:
+    return len(line.text) + _LINE_OVERHEAD
 
 
 def mentions(name: str) -> Callable[[str], bool]:

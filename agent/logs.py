@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import os
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
-from .log_lines import parse_line, within
+from .log_lines import LineFilter, chosen, parse_line, within
 from .runtime.container import LogFilter, LogLine
 
 FOLLOW_SECONDS = 0.25
@@ -138,8 +137,7 @@ def _tail(folder: Path, part: LogPart, cleanup: ExitStack) -> _Tail:
 
 
 def _history(tails: Sequence[_Tail], wanted: LogFilter) -> list[LogLine]:
-    lines = (line for line in _merged(t.history() for t in tails) if within(line, wanted))
-    return list(deque(lines, maxlen=wanted.tail))
+    return chosen(_merged(tail.history() for tail in tails), LineFilter(wanted))
 
 
 def _merged(parts: Iterable[Iterable[LogLine]]) -> Iterator[LogLine]:

@@ -120,6 +120,8 @@ def _bundle(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         wrong_use(str(error))
     path: Path = arguments.output or Path(f"support-bundle-{now:%Y-%m-%d--%H-%M-%S}.zip")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise CommandError(f"cannot write {path}; name another place with --output")
     status = _status(config)
     findings = list(_findings(config, arguments.config, status, 10.0))
     logs = {} if status is None else _module_logs(config, status, arguments)

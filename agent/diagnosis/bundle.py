@@ -14,7 +14,6 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -190,5 +189,7 @@ def _about(config: AgentConfig, clock: Clock) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    names = {str(found.metadata["Name"]): found.version for found in metadata.distributions()}
-    return dict(sorted(names.items()))
+    """Installed packages by their folders' names: their metadata would take a second to parse."""
+    folders = (path for entry in sys.path for path in Path(entry or ".").glob("*.dist-info"))
+    found = (path.stem.rpartition("-") for path in folders)
+    return dict(sorted((name, version) for name, _, version in found))

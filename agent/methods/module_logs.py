@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
-from ..log_lines import LineFilter, chosen, mentions
+from ..log_lines import Choice, LineFilter, chosen, mentions
 from ..logs import LogPart, follow_logs, read_logs
 from ..plan_types import Kind
 from ..runtime.container import ContainerRuntime, LogFilter, LogLine, RuntimeFailed
@@ -70,11 +70,13 @@ class ModuleLogs:
         if container is None:
             return await asyncio.to_thread(self._read_files, name, early, wanted)
         assert self._containers is not None
+        choice = Choice(wanted)
         try:
-            lines = [line async for line in self._containers.logs(container, early, follow=False)]
+            async for line in self._containers.logs(container, early, follow=False):
+                choice.add(line)
         except RuntimeFailed as error:
             raise NoSuchLog(f"the log of {name} cannot be read: {error}") from error
-        return chosen(lines, wanted)
+        return choice.lines()
 
     async def follow(self, name: str, where: LogFilter) -> AsyncIterator[LogLine]:
         """The lines of `where`, then new ones until the caller stops. Raises NoSuchLog."""

@@ -408,6 +408,7 @@ def test_a_bundle_holds_everything_but_secrets(
     for visible in ("user-name", "visible-mode", "r:5000/m:1", "MODE=fast", "serve"):
         assert visible in texts["deployments/1.json"] + texts["configuration.json"]
     assert "plain-visible" in texts["logs/agent.log"]
+    assert {"gatelet", "msgspec"} <= set(json.loads(texts["versions.json"]))
     assert "started" in texts["logs/modules/m.log"]
     assert "pull m" in texts["journal.txt"]
 

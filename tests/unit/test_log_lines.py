@@ -67,6 +67,14 @@ def test_filters_choose_and_the_tail_counts_what_they_chose() -> None:
     assert chosen(lines, LineFilter(LogFilter(tail=0))) == []
 
 
+def test_of_a_huge_log_the_newest_part_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatelet.agent.log_lines.KEPT_BYTES", 10_000)
+    lines = (line(f"{n:04} {'x' * 95}", n) for n in range(1000))
+    kept = chosen(lines, LineFilter(LogFilter()))
+    assert 0 < len(kept) * 100 <= 10_000
+    assert kept[-1].text.startswith("0999")
+
+
 def test_the_answers_shapes() -> None:
     lines = [line("<3> 2026-11-21 05:47:00.123 +00:00 bad"), LogLine(None, "stderr", "plain")]
     assert as_text(lines).splitlines() == [one.text for one in lines]
