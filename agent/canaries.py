@@ -52,6 +52,15 @@ class CanaryView:
             document["reason"] = self.canary.reason
         return document
 
+    def sentence(self) -> str:
+        """For people."""
+        share = f"{percent(self.rules, self.canary)} % of the requests"
+        if self.canary.phase is CanaryPhase.RUNNING:
+            return f"canary with {share}"
+        if self.canary.phase is CanaryPhase.PROMOTED:
+            return f"canary promoted to {share}"
+        return f"canary rolled back: {self.canary.reason}"
+
 
 class Canaries:
     """The canaries of every deployment. Their shares are stored, their measurements are not: after

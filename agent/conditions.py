@@ -233,7 +233,9 @@ def _judge(
     backends = ", ".join(
         backend.name if backend.healthy else f"{backend.name} (away)" for backend in loaded.backends
     )
-    return "running", f"serving {loaded.model} version {loaded.version} on {backends}"
+    serving = f"serving {loaded.model} version {loaded.version} on {backends}"
+    canary = snapshot.canaries.get(module.name)
+    return "running", serving if canary is None else f"{serving}; {canary.sentence()}"
 
 
 def _under_way(step: Step, module: WantedModule, snapshot: Snapshot) -> str:

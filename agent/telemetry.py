@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .canary import CanaryPhase
 from .clock import Clock
 from .edge_hub import EdgeHub
 from .message_condition import Message
@@ -66,6 +67,27 @@ def deployment_events(
         if rolled_back_to is not None and deployment is ordered[-1]:
             back = {**about, "to": rolled_back_to.generation}
             events.append(Event(f"{key}/rolledBack", "deployment.rolledBack", {"deployment": back}))
+    return events
+
+
+def canary_events(snapshot: Snapshot) -> list[Event]:
+    """How the automatic rollouts of the deployment ended that is the goal now.
+
+    A promotion is told once for a module and what it runs: later deployments inherit it.
+    """
+    wanted = snapshot.wanted
+    if wanted is None:
+        return []
+    instances = {module.name: module.instance for module in wanted.modules}
+    events: list[Event] = []
+    for module, view in snapshot.canaries.items():
+        data = {"module": module, "generation": wanted.generation, **view.document()}
+        if view.canary.phase is CanaryPhase.PROMOTED:
+            key = f"canary/{instances.get(module)}/promoted"
+            events.append(Event(key, "canary.promoted", {"canary": data}))
+        elif view.canary.phase is CanaryPhase.ROLLED_BACK:
+            key = f"canary/{wanted.generation}/{module}/rolledBack"
+            events.append(Event(key, "canary.rolledBack", {"canary": data}))
     return events
 
 
@@ -141,7 +163,7 @@ class LifecycleEvents:
 
     def note(self, snapshot: Snapshot) -> None:
         """Look for news after a pass of the control loop. Returns at once."""
-        for event in self._events(snapshot):
+        for event in (*self._events(snapshot), *canary_events(snapshot)):
             if event.key not in self._stored and event.key not in self._storing:
                 task = asyncio.ensure_future(self._put(event))
                 self._storing[event.key] = task

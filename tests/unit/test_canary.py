@@ -20,9 +20,11 @@ from gatelet.agent.canary import (
 )
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.plan import InstanceView, Route, Target, Wanted, WantedModule
+from gatelet.agent.reconcile import Snapshot
 from gatelet.agent.scoring_env import ScoringOptions
 from gatelet.agent.steps import LoadedModel, ScoringView
 from gatelet.agent.store import StateStore
+from gatelet.agent.telemetry import canary_events
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,3 +265,26 @@ def test_one_that_was_promoted_stays_so_unless_it_changes(store: StateStore) -> 
     store.accept("local", 0, b"{}")
     canaries.inherit(1, 3, {"old"})
     assert share(canaries, Wanted(3, WANTED.modules)) == 5
+
+
+def test_how_it_ended_is_told_once(store: StateStore) -> None:
+    canaries = Canaries(store)
+
+    def told(wanted: Wanted) -> list[tuple[str, str]]:
+        snapshot = Snapshot(wanted=wanted, canaries=canaries.views(wanted))
+        return [(event.name, event.key) for event in canary_events(snapshot)]
+
+    assert told(WANTED) == []
+    assert canaries.views(WANTED)["new"].sentence() == "canary with 5 % of the requests"
+    store.set_canary(1, "new", Canary(1, CanaryPhase.PROMOTED))
+    canaries = Canaries(store)
+    assert canaries.views(WANTED)["new"].sentence() == "canary promoted to 100 % of the requests"
+    promoted = told(WANTED)
+    assert promoted == [("canary.promoted", "canary/new@1/promoted")]
+    canaries.inherit(1, 2, {"new"})
+    assert told(Wanted(2, WANTED.modules)) == promoted
+    store.set_canary(2, "new", Canary(0, CanaryPhase.ROLLED_BACK, "slow"))
+    canaries = Canaries(store)
+    assert told(Wanted(2, WANTED.modules)) == [("canary.rolledBack", "canary/2/new/rolledBack")]
+    sentence = canaries.views(Wanted(2, WANTED.modules))["new"].sentence()
+    assert sentence == "canary rolled back: slow"
