@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import gatelet.agent
+import grpc
+import numpy as np
 import pytest
 import pytest_asyncio
 from conftest import RunningDevice
+from gatelet.agent.scoring.client import ScoringClient
+from gatelet.protos.services import ScoringStub
+
+from ..bench import onnx_models
+from ..bench.scoring_site import Site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
@@ -18,6 +27,9 @@ SETTINGS = """
 [docker]
 enabled = true
 socket = "{socket}"
+
+[docker.policy]
+mounts = {mounts}
 
 [images]
 min-free-percent = 0
@@ -36,6 +48,18 @@ HEALTH = {
 }
 
 
+def host_folders() -> list[str]:
+    """What a Python of this machine needs to run in a container without files of its own."""
+    project = str(Path(gatelet.agent.__file__).parents[1])
+    found = ["/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix, project]
+    folders = [folder for folder in dict.fromkeys(found) if Path(folder).exists()]
+    return [
+        one
+        for one in folders
+        if not any(one.startswith(f"{other}/") for other in folders if other != one)
+    ]
+
+
 class ContainerDevice(RunningDevice):
     """A device with an engine; `settle` waits for what the hub is told."""
 
@@ -47,7 +71,8 @@ class ContainerDevice(RunningDevice):
         await self.site.start()
         config = self.folder / "agent.toml"
         text = config.read_text().replace("probation-seconds = 1.0\n", NUMBERS)
-        config.write_text(text + SETTINGS.format(socket=self.engine.socket))
+        mounts = json.dumps([f"{one}:ro" for one in (*host_folders(), self.folder / "scale")])
+        config.write_text(text + SETTINGS.format(socket=self.engine.socket, mounts=mounts))
         await self.start_agent()
 
     async def stop(self) -> None:
@@ -61,9 +86,12 @@ class ContainerDevice(RunningDevice):
     def inspect(self, name: str) -> dict[str, Any]:
         return self.engine.client.inspect_container(name)
 
-    def names(self) -> set[str]:
+    def ids(self) -> dict[str, str]:
         found = self.engine.client.containers(all=True)
-        return {name.lstrip("/") for container in found for name in container["Names"]}
+        return {name.lstrip("/"): c["Id"] for c in found for name in c["Names"]}
+
+    def names(self) -> set[str]:
+        return set(self.ids())
 
     async def until_failed(self, version: int) -> dict[str, Any]:
         return await self.until_reported(
@@ -111,7 +139,7 @@ async def host(
 
 
 def other(before: str, host: ContainerDevice, name: str) -> Callable[[], bool]:
-    return lambda: host.names() >= {name} and host.inspect(name)["Id"] != before
+    return lambda: host.ids().get(name, before) != before
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -242,3 +270,37 @@ async def test_an_engine_that_goes_away_is_said_and_comes_back(host: ContainerDe
     await asyncio.to_thread(with_engine.__exit__, None, None, None)
     await host.until(lambda s: s["modules"][0]["status"] == "running")
     assert host.inspect("web")["State"]["Running"]
+
+
+async def test_a_scoring_container_is_scored_through_the_gateway(host: ContainerDevice) -> None:
+    folder = onnx_models.scale_folder(host.folder / "scale", 2, name="scaler", version="7")
+    image = host.engine.push("scorer:1", config={"Labels": {"io.gatelet.scoring": "inner"}})
+    binds = [*(f"{one}:{one}:ro" for one in host_folders()), f"{folder}:/model:ro"]
+    options = {
+        "Entrypoint": [sys.executable, "-m", "gatelet.agent.scoring.process"],
+        "Cmd": [
+            *("--control-socket", "/run/gatelet/control.sock", "--http-address", ""),
+            *("--metrics-address", "", "--grpc-address", "unix:/run/gatelet/scoring.sock"),
+        ],
+        "HostConfig": {"NetworkMode": "none", "Binds": binds, "Tmpfs": {"/tmp": ""}},
+    }
+    version = host.desire(content(scorer={"image": image.name, "options": options}))
+    control = host.folder / "run" / "modules" / "scorer" / "control.sock"
+    await eventually(control.exists, "the process in the container listens")
+
+    def work() -> None:
+        with grpc.insecure_channel(f"unix:{control}") as channel:
+            Site("", ScoringStub(channel)).deploy({"inner": Path("/model")})
+
+    await asyncio.to_thread(work)
+    reported = await host.until_good(version)
+    assert reported["modules"]["scorer"]["gatelet"]["model"] == "inner"
+
+    def score() -> list[list[float]]:
+        with ScoringClient(host.grpc_address) as client:
+            return client.infer("scorer", {"x": np.ones((1, 4), np.float32)})["total"].tolist()
+
+    assert await asyncio.to_thread(score) == [[8.0]]
+    await host.until_good(host.desire(content()))
+    assert host.names() == set()
+    await host.until(lambda s: not s["endpoints"])
