@@ -97,6 +97,8 @@ def read_hardware(path: Path) -> Hardware:
             raw = file.read(HANDOFF_LIMIT + 1)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}; the package is incomplete") from error
+    except ValueError as error:
+        raise LoadError(f"{str(path)!r}: no name of a file ({error})") from error
     if len(raw) > HANDOFF_LIMIT:
         raise LoadError(f"{path}: larger than {HANDOFF_LIMIT} bytes")
     reader = _Reader(path)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from .memory import ContiguousMemory
 from .registers import Bus, zynq7_clocks, zynqmp_clocks
 
 _CLOCK_WINDOW = 0x1000
+# A Z7020's 4,045,564 bytes take about 30 ms through the PCAP.
+_CONFIGURATION_SECONDS_PER_BYTE = 7.4e-9
 # A clock may exceed what timing was closed for by the rounding of its dividers, not more.
 _CLOCK_TOLERANCE = 1.01
 
@@ -48,6 +52,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         board: SimulatedBoard,
         faults: FaultFile | None = None,
         state_file: Path | None = None,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         super().__init__(f"simulated-{board.name}")
         self.board = board
@@ -59,6 +64,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self.design: Design | None = None
         self.fabric: Configuration | None = None
         self.state_file = state_file
+        self._sleep = sleep
         self.downloads = 0
         self._clocks = zynq7_clocks() if board.arch == "armv7l" else zynqmp_clocks()
         self._bus = self._empty_bus()
@@ -93,6 +99,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
                 f"device is {self.board.part}",
             )
         self._check_clock(parser)
+        self._sleep(len(bitfile.data) * _CONFIGURATION_SECONDS_PER_BYTE)
         design = read_design(parser)
         bus = self._empty_bus()
         try:
@@ -192,13 +199,17 @@ def fill_clock_frequencies(parser: Any) -> None:
 
 
 def activate(
-    board: SimulatedBoard, faults: FaultFile | None = None, state_file: Path | None = None
+    board: SimulatedBoard,
+    faults: FaultFile | None = None,
+    state_file: Path | None = None,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> SimulatedDevice:
     """A new simulated board as pynq's active device, in place of the one before.
 
-    `state_file` is where it notes what it was configured with, as pynq does on a board.
+    `state_file` is where it notes what it was configured with, as pynq does on a board. `sleep`
+    lets the time of a configuration pass, which goes with the size of the bitstream.
     """
-    device = SimulatedDevice(board, faults, state_file)
+    device = SimulatedDevice(board, faults, state_file, sleep)
     SimulatedDevice._installed[:] = [device]
     Device.active_device = device
     # pynq keeps the clocks of the first device it ever saw.

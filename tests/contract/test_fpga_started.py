@@ -199,3 +199,15 @@ def test_the_sequence_of_the_dpu_on_a_stand_in_for_its_runtime(
     driver.unload(package)
     with pytest.raises(LoadError, match="2 parts for the DPU"):
         driver.load(package)
+
+
+def test_a_configuration_takes_its_time(pynq: Any, tmp_path: Path) -> None:
+    from gatelet.simulator.board.device import activate
+
+    slept: list[float] = []
+    activate(simulated_board("pynq-z2"), sleep=slept.append)
+    part = simulated_board("pynq-z2").part
+    design = StreamDesign("big", part, 100.0)
+    write_bitstream(tmp_path / "big.bit", part, Container({}), design, padding=4_045_564)
+    pynq.Overlay(str(tmp_path / "big.bit"))
+    assert slept == [pytest.approx(0.03, rel=0.02)]

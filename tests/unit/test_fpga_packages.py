@@ -29,7 +29,7 @@ from gatelet.simulator.board.vendor_packages import (
     write_bitstream,
     write_finn_package,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Z2 = KNOWN_PARTS["pynq-z2"]
@@ -286,3 +286,83 @@ def test_a_dpu_package_says_what_its_runtime_needs(tmp_path: Path) -> None:
     assert (package.kind, package.name) == ("dpu", "resnet")
     assert package.inputs[0].wire.item_bytes == 16
     assert np.prod(package.inputs[0].spec.shape[1:]) == 4
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+def replaced(document: Any, data: st.DataObject, depth: int = 0) -> Any:
+    """`document` with one value somewhere inside replaced by anything JSON can hold."""
+    if depth and (
+        not isinstance(document, dict | list) or not document or data.draw(st.booleans())
+    ):
+        return data.draw(JUNK)
+    if isinstance(document, dict):
+        key = data.draw(st.sampled_from(sorted(document)))
+        return {**document, key: replaced(document[key], data, depth + 1)}
+    place = data.draw(st.integers(0, len(document) - 1))
+    return [*document[:place], replaced(document[place], data, depth + 1), *document[place + 1 :]]
+
+
+@pytest.fixture(scope="module")
+def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finn(tmp_path_factory.mktemp("fuzz"), plus=True)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_settings_are_refused_or_read(package_folder: Path, data: st.DataObject) -> None:
+    path = package_folder / "driver/settings.json"
+    original = path.read_text()
+    try:
+        path.write_text(json.dumps(replaced(json.loads(original), data)))
+        with contextlib.suppress(LoadError):
+            probe(package_folder)
+    finally:
+        path.write_text(original)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_handoff_is_refused_or_read(package_folder: Path, data: st.DataObject) -> None:
+    path = package_folder / "bitfile/finn-accel.hwh"
+    original = path.read_bytes()
+    start = data.draw(st.integers(0, len(original) - 1))
+    end = data.draw(st.integers(start, min(len(original), start + 400)))
+    try:
+        path.write_bytes(original[:start] + data.draw(st.binary(max_size=20)) + original[end:])
+        with contextlib.suppress(LoadError):
+            package = probe(package_folder)
+            examine(package, look(package), Device(Z2))
+    finally:
+        path.write_bytes(original)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_description_is_refused_or_read(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "described"
+    folder.mkdir(exist_ok=True)
+    wire = {"dtype": "int8", "scale": 0.5, "zeroPoint": 0, "elements": 4}
+    port = {"name": "x", "datatype": "FP32", "shape": [-1, 4], "wire": wire}
+    document = {
+        "schema": 1, "kind": "stream", "name": "n", "board": "pynq-z2", "part": Z2, "clockMhz": 1.0,
+        "bitstream": "n.bit", "handoff": "n.hwh", "sha256": "0" * 64, "dma": "axi_dma_0",
+        "maxBatch": 4, "inputs": [port], "outputs": [port],
+    }  # fmt: skip
+    (folder / "overlay.json").write_text(json.dumps(replaced(document, data)))
+    with contextlib.suppress(LoadError):
+        preflight(probe(folder), Z2)

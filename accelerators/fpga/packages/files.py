@@ -39,6 +39,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
             content = file.read(limit + 1)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}; the package is incomplete") from error
+    except ValueError as error:
+        raise LoadError(f"{str(path)!r}: no name of a file ({error})") from error
     if len(content) > limit:
         raise LoadError(f"{path}: larger than {limit} bytes")
     return content

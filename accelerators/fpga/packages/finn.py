@@ -160,7 +160,7 @@ def _transport(
     weights, weight_cores = _weights(files, hardware, source)
     try:
         announced = int(shapes.get("number_of_external_weights", 0) or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         announced = -1
     if announced != len(weight_cores):
         raise LoadError(
@@ -169,7 +169,8 @@ def _transport(
         )
     if weight_cores and shapes.get("external_weights_input_shapes"):
         repeats = shapes["external_weights_input_shapes"]
-        if any(isinstance(s, list) and len(s) == 4 for s in dict(repeats).values()):
+        listed = repeats.values() if isinstance(repeats, dict) else [[0] * 4]
+        if any(isinstance(shape, list) and len(shape) == 4 for shape in listed):
             raise LoadError(f"{source}: external weights of convolutions are not supported")
     cores = (
         *(_iodma(hardware, name, "weights", i) for i, name in enumerate(weight_cores)),

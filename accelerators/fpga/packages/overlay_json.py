@@ -59,9 +59,11 @@ class _Reader:
         value = source.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(where + key, "must be a number")
-        if not (math.isfinite(value) and value > 0):
-            raise self._wrong(where + key, f"must be positive, not {value}")
-        return float(value)
+        # As text first: a whole number may be larger than any float.
+        number = float(str(value))
+        if not (math.isfinite(number) and number > 0):
+            raise self._wrong(where + key, f"must be positive and finite, not {number}")
+        return number
 
     def _integer(
         self, source: Mapping[str, Any], key: str, low: int, high: int, where: str = ""
