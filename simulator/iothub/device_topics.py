@@ -30,8 +30,11 @@ def may_subscribe(client: ClientId, topic_filter: str) -> bool:
     )
 
 
-def handle_publish(hub: Hub, client: ClientId, link: Link, topic: str, payload: bytes) -> None:
-    """Carries out what a client published and answers it on `link`.
+def handle_publish(
+    hub: Hub, client: ClientId, link: Link, topic: str, payload: bytes, *, retain: bool = False
+) -> None:
+    """Carries out what a client published and answers it on `link`. Nothing is retained: telemetry
+    that asks for it gets the property `mqtt-retain`.
 
     Raises HubError 400 for a topic a hub does not know or a body without a place for an answer: the
     connection is then closed, as IoT Hub does.
@@ -44,13 +47,18 @@ def handle_publish(hub: Hub, client: ClientId, link: Link, topic: str, payload: 
         if hub.faults.take("lose_method_answers"):
             return
         hub.method_answered(client, _request_id(match["query"]), int(match["status"]), payload)
-    elif topic.startswith(prefix := f"{client.path}/messages/events"):
-        bag = topic[len(prefix) :]
-        if bag and not bag.startswith("/"):
-            raise invalid(f"{client} may not publish to {topic!r}")
-        hub.accept_telemetry(client, payload, bag[1:])
+    elif (bag := telemetry_bag(client, topic)) is not None:
+        hub.accept_telemetry(client, payload, bag, {"mqtt-retain": "true"} if retain else None)
     else:
         raise invalid(f"{client} may not publish to {topic!r}")
+
+
+def telemetry_bag(client: ClientId, topic: str) -> str | None:
+    """The property bag of a topic for the client's telemetry, None for any other topic."""
+    base, slash, bag = topic.partition("/messages/events")
+    if base != client.path or not slash or (bag and not bag.startswith("/")):
+        return None
+    return bag[1:]
 
 
 def _twin_request(hub: Hub, client: ClientId, link: Link, query: str, patch: bytes | None) -> None:

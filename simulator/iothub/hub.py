@@ -267,11 +267,13 @@ class Hub:
         """A client's answer; late and repeated ones are dropped. Raises HubError 400 or 413."""
         self._methods.answered(client, rid, status, body)
 
-    def accept_telemetry(self, client: ClientId, body: bytes, bag: str) -> Message:
-        """Raises HubError 413."""
+    def accept_telemetry(
+        self, client: ClientId, body: bytes, bag: str, added: Mapping[str, str] | None = None
+    ) -> Message:
+        """`added` are application properties that the hub itself sets. Raises HubError 413."""
         if len(body) > TELEMETRY_LIMIT:
             raise HubError(413, "MessageTooLarge", f"a message has up to {TELEMETRY_LIMIT} bytes")
-        return self.telemetry.add(client, body, bag, self.now())
+        return self.telemetry.add(client, body, bag, self.now(), added)
 
     # What the service side sees of an identity.
 

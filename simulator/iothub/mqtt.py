@@ -16,6 +16,7 @@ from ..mqtt.packets import (
     V311,
     Connect,
     Disconnect,
+    Properties,
     Publish,
     ReasonCode,
     Subscribe,
@@ -26,7 +27,7 @@ from ..mqtt.session import NEVER, Done, Session
 from ..mqtt.topics import matches
 from .client_certificates import PresentedCertificates
 from .credentials import Login
-from .device_topics import handle_publish, may_subscribe
+from .device_topics import handle_publish, may_subscribe, telemetry_bag
 from .devices import ClientId
 from .errors import HubError
 from .hub import TELEMETRY_LIMIT, Hub
@@ -41,6 +42,8 @@ LIMITS = Limits(
 )
 
 
+# 1.5 times this is the hub's longest time-out, 1767 s; no keep alive means the longest too.
+_LONGEST_KEEPALIVE = 1178
 _PATCH_TOPIC = "$iothub/twin/PATCH/properties/desired/"
 
 
@@ -212,7 +215,8 @@ class DeviceServer:
         asyncio.get_running_loop().call_soon(hub.c2d.pump, client)
         if login.expiry is not None and hub.faults.take("expire_tokens"):
             asyncio.get_running_loop().call_soon(connection.close)
-        return Accepted(session, present)
+        keepalive = min(connect.keepalive or _LONGEST_KEEPALIVE, _LONGEST_KEEPALIVE)
+        return Accepted(session, present, Properties(server_keep_alive=keepalive))
 
     async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
         link: DeviceLink = connection.tag
@@ -222,7 +226,14 @@ class DeviceServer:
             connection.abort("dropped before its message was handled on request")
             return None
         try:
-            handle_publish(self._hub, link.client, link, publish.topic, publish.payload)
+            handle_publish(
+                self._hub,
+                link.client,
+                link,
+                publish.topic,
+                publish.payload,
+                retain=publish.retain,
+            )
         except HubError as error:
             _log.info("closing %s: %s", link.client, error)
             connection.abort(str(error))
@@ -270,9 +281,22 @@ class DeviceServer:
         link: DeviceLink = connection.tag
         link.closed()
         self._hub.detach(link.client, link)
+        if disconnect is None:
+            self._send_will(link.client, connection.connect)
         if link.session.expiry_interval == 0:
             link.session.end()
             self._sessions.pop(link.client, None)
+
+    def _send_will(self, client: ClientId, connect: Connect) -> None:
+        """A will is telemetry, or nothing: nobody else could read it."""
+        will = connect.will
+        bag = None if will is None else telemetry_bag(client, will.topic)
+        if will is None or bag is None or client not in self._hub.state.registry:
+            return
+        added = {"iothub-MessageType": "Will"}
+        if will.retain:
+            added["mqtt-retain"] = "true"
+        self._hub.accept_telemetry(client, will.payload, bag, added)
 
     def _session(self, client: ClientId, *, forget: bool) -> tuple[Session, bool]:
         """The client's session and whether it existed."""

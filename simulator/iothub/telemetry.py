@@ -87,8 +87,17 @@ class TelemetryStore:
         self._bytes = 0
         self._last = 0
 
-    def add(self, client: ClientId, body: bytes, bag: str, enqueued: str) -> Message:
+    def add(
+        self,
+        client: ClientId,
+        body: bytes,
+        bag: str,
+        enqueued: str,
+        added: Mapping[str, str] | None = None,
+    ) -> Message:
+        """`added` are application properties that the hub itself sets."""
         properties, system = decode_properties(bag)
+        properties.update(added or {})
         self._last += 1
         message = Message(self._last, client, body, properties, system, enqueued)
         self._messages.append(message)
