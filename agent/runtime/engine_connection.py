@@ -32,6 +32,8 @@ class EngineConnection:
         self.client = APIClient(
             f"unix://{path}", version=api_version, timeout=timeout, max_pool_size=8
         )
+        # Neither a proxy nor ~/.netrc has anything to do with a Unix socket.
+        self.client.trust_env = False
         self._adapter = _Adapter(str(path), timeout)
         self.client.mount("http+docker://", self._adapter)
 
