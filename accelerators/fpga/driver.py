@@ -6,9 +6,7 @@ board; the register maps are those in `transports`.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ import numpy as np
 
 from ..errors import BackendUnavailable, DeadlineExceeded, LoadError
 from .handoff import Hardware, read_hardware
+from .machine import cma_bytes, mark_of, state_file, take_lock
 from .package import Package, RtlStream
 from .packing import Bytes
 from .preflight import CLOCK_TOLERANCE, preflight
@@ -116,7 +115,7 @@ class FabricDriver:
                 from pynq.pl_server.device import Device
 
                 self._device = Device.active_device
-                self._state = _state_file(self._device)
+                self._state = state_file(self._device)
         except ImportError as error:
             self.close()
             raise LoadError(
@@ -267,7 +266,7 @@ class FabricDriver:
 
     def _foreign(self) -> bool:
         """Whether another process has configured the fabric since we did."""
-        if self._state is None or self._mark == _mark_of(self._state):
+        if self._state is None or self._mark == mark_of(self._state):
             return False
         self._replaced += 1
         _LOG.warning("another process has configured the fabric; ours is downloaded again")
@@ -322,7 +321,7 @@ class FabricDriver:
         set_frequencies(overlay.clock_dict, package.clock_mhz)
         overlay.download()
         self._reconfigurations += 1
-        self._mark = _mark_of(self._state)
+        self._mark = mark_of(self._state)
         # Whatever ran in the fabric before is gone, and with it who could write there.
         self._free_parked()
         self._check_clock(package)
@@ -375,40 +374,6 @@ class FabricDriver:
             )
 
 
-def _state_file(device: Any) -> Path | None:
-    """Where pynq notes, for all processes, what the fabric was configured with last."""
-    if hasattr(device, "state_file"):
-        return Path(device.state_file) if device.state_file is not None else None
-    try:
-        import pynq.pl_server.global_state as global_state
-    except ImportError:  # before pynq 3
-        return None
-    return Path(global_state.__file__).parent / "global_pl_state_.json"
-
-
-def _mark_of(state: Path | None) -> tuple[int, int] | None:
-    if state is None:
-        return None
-    try:
-        status = state.stat()
-    except OSError:
-        return None
-    return (status.st_ino, status.st_mtime_ns)
-
-
-def cma_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Contiguous memory of this machine in bytes, None where the kernel does not say."""
-    try:
-        text = meminfo.read_text("ascii", "replace")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        if line.startswith("CmaTotal:"):
-            kib = line.split()[1]
-            return int(kib) * 1024 or None if kib.isdecimal() else None
-    return None
-
-
 def set_frequencies(clocks: dict[int, dict[str, Any]], clock_mhz: float) -> None:
     """Fill in what pynq programs PL clocks with; clock 0 drives the network.
 
@@ -420,22 +385,3 @@ def set_frequencies(clocks: dict[int, dict[str, Any]], clock_mhz: float) -> None
         elif clock.get("frequency") is None:
             # Nothing of a package hangs on the other clocks; pynq's default does.
             clock["frequency"] = 100.0
-
-
-def take_lock(path: Path) -> IO[str]:
-    """An open file with an exclusive flock. Raises BackendUnavailable naming who has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="ascii")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read(32).strip() or "unknown"
-        file.close()
-        raise BackendUnavailable(
-            f"the fabric belongs to process {holder} ({path} is locked); end that one first"
-        ) from error
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gatelet.accelerators.errors import BackendUnavailable, DeadlineExceeded, LoadError
-from gatelet.accelerators.fpga.driver import FabricDriver, take_lock
+from gatelet.accelerators.fpga.driver import FabricDriver
+from gatelet.accelerators.fpga.machine import take_lock
 from gatelet.accelerators.fpga.package import Package
 from gatelet.accelerators.fpga.protocol import FabricSick
 from gatelet.accelerators.fpga.transports.axi_dma import decode_errors
@@ -274,7 +275,7 @@ def test_two_processes_never_share_a_fabric(tmp_path: Path) -> None:
         with pytest.raises(BackendUnavailable, match=str(os.getpid())):
             take_lock(path)
         code = "import sys, pathlib\n" \
-            "from gatelet.accelerators.fpga.driver import take_lock\n" \
+            "from gatelet.accelerators.fpga.machine import take_lock\n" \
             "take_lock(pathlib.Path(sys.argv[1]))"  # fmt: skip
         other = subprocess.run(
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False

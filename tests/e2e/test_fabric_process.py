@@ -26,7 +26,7 @@ from gatelet.accelerators.errors import (
 )
 from gatelet.accelerators.fpga.backend import FpgaBackend, FpgaSession
 from gatelet.accelerators.fpga.client import FabricClient
-from gatelet.accelerators.fpga.driver import take_lock
+from gatelet.accelerators.fpga.machine import take_lock
 from gatelet.accelerators.fpga.packages.overlay_json import read_overlay_json
 from gatelet.accelerators.fpga.wire import dequantise, quantise
 from gatelet.accelerators.tensors import TensorSpec
