@@ -130,6 +130,7 @@ def test_a_model_is_swapped_under_load_without_one_failed_request(tmp_path: Path
         site.probe("0")
         site.switch({"e": [("0", 0, True)]})
         with Load(site.address, 4).running() as load:
+            load.wait_for(lambda: len(load.answers) > 0)
             for version in range(1, swaps + 1):
                 new, old = str(version), str(version - 1)
                 site.load(new, tmp_path / new)
