@@ -83,12 +83,17 @@ class ConnectProxy:
                 await writer.wait_closed()
 
     async def _target(self, reader: asyncio.StreamReader) -> Target | bytes:
+        reading = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
         try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_TIMEOUT)
-        except asyncio.TimeoutError:
-            return b"408 Request Timeout"
+            # Not `wait_for`: before Python 3.12 it can lose the cancellation that ends the proxy.
+            await asyncio.wait({reading}, timeout=_HEAD_TIMEOUT)
+            if not reading.done():
+                return b"408 Request Timeout"
+            head = reading.result()
         except asyncio.LimitOverrunError:
             return b"431 Request Header Fields Too Large"
+        finally:
+            reading.cancel()
         method, _, rest = head.decode("latin-1").partition(" ")
         if method != "CONNECT":
             return b"405 Method Not Allowed"

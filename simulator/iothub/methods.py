@@ -84,10 +84,12 @@ class DirectMethods:
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 raise _not_online(client, "it is not connected, or not listening for methods")
+            # Not `wait_for`: before Python 3.12 it can lose the cancellation of the caller.
+            change = asyncio.ensure_future(self._link_changed.wait())
             try:
-                await asyncio.wait_for(self._link_changed.wait(), left)
-            except asyncio.TimeoutError:
-                continue
+                await asyncio.wait({change}, timeout=left)
+            finally:
+                change.cancel()
 
 
 def _not_online(client: ClientId, why: str) -> HubError:

@@ -56,6 +56,22 @@ def test_a_new_authority_issues_new_server_certificates(tmp_path: Path) -> None:
     assert Pki(tmp_path).server(["hub.example"]).certificate.read_bytes() != before
 
 
+async def test_a_proxy_that_stops_while_a_client_speaks() -> None:
+    """Cancelled in the very turn in which the request is complete."""
+    for turns in range(4):
+        reader = asyncio.StreamReader()
+        task = asyncio.ensure_future(ConnectProxy()._target(reader))
+        await asyncio.sleep(0)
+        reader.feed_data(b"CONNECT a:1 HTTP/1.1\r\n\r\n")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.done():
+            break
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 async def test_proxy_routes_names_to_ports() -> None:
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write((await reader.read()).upper())  # all of it: the half-close must come through
