@@ -324,7 +324,8 @@ def _make_shared_folder(body: Mapping[str, Any]) -> None:
         folder.mkdir(mode=0o770, parents=True, exist_ok=True)
         if user.isdecimal() and os.geteuid() == 0:
             os.chown(folder, int(user), -1)
-        folder.chmod(0o770)
+        # The socket made there belongs to the group too.
+        folder.chmod(0o2770)
     except OSError as error:
         raise RuntimeFailed(
             f"cannot make {folder} for the module's scoring socket: {error.strerror}; "
