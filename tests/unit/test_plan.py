@@ -174,7 +174,7 @@ def converge(
 
 
 @given(st.data(), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_every_update_converges_and_never_stops_what_serves(
     data: st.DataObject, crash: bool
 ) -> None:
@@ -189,7 +189,7 @@ def test_every_update_converges_and_never_stops_what_serves(
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_rolling_back_in_the_middle_of_an_update_never_stops_what_serves(
     data: st.DataObject,
 ) -> None:

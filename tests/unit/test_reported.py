@@ -233,12 +233,12 @@ def test_only_what_was_there_is_called_omitted() -> None:
 
 
 def test_with_too_many_modules_the_troubled_ones_stay() -> None:
-    document = build(modules=crowd(3000, 1))
-    assert twin_size(document) < TWIN_LIMIT_BYTES
-    assert document["modules"]["m2999"]["runtimeStatus"] == "failed"
+    document = build(modules=crowd(400, 1), limit=16 * 1024)
+    assert twin_size(document) < 16 * 1024
+    assert document["modules"]["m399"]["runtimeStatus"] == "failed"
     kept = len(document["modules"])
-    assert 300 < kept < 3000
-    assert f"{3000 - kept} modules" in omitted(document)
+    assert 150 < kept < 400
+    assert f"{400 - kept} modules" in omitted(document)
 
 
 def test_credentials_have_no_way_in() -> None:
@@ -280,7 +280,7 @@ anything = st.recursive(
         | st.dictionaries(st.text(max_size=9) | st.sampled_from(["a.b", "$c d"]), inner)
         | st.frozensets(st.integers(), max_size=3)
     ),
-    max_leaves=25,
+    max_leaves=8,
 )
 
 
@@ -322,9 +322,9 @@ states = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=50)
 @given(
-    st.lists(states, max_size=12, unique_by=lambda state: state.spec.name),
+    st.lists(states, max_size=4, unique_by=lambda state: state.spec.name),
     st.text() | st.just("d" * 9000),
     st.dictionaries(st.text(max_size=9), anything),
     st.sampled_from([600, 2048, 8192, TWIN_LIMIT_BYTES]),
