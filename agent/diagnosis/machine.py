@@ -36,7 +36,15 @@ def machine_checks(config: AgentConfig, file: Path, status: Status | None) -> li
         Check("memory", memory),
         Check("agent", lambda: agent(config, status)),
         Check("deployment", lambda: deployment(status)),
-        Check("scoring port", lambda: scoring_port(config.scoring.grpc_address, status)),
+        *(
+            Check(f"scoring {name}", lambda k=key, a=address: scoring_port(k, a, status))  # type: ignore[misc]
+            for name, key, address in (
+                ("gRPC", "grpc-address", config.scoring.grpc_address),
+                ("HTTP", "http-address", config.scoring.http_address),
+                ("metrics", "metrics-address", config.scoring.metrics_address),
+            )
+            if address
+        ),
         Check("fpga", lambda: fpga(config, status)),
         Check("container engine", lambda: engine(config.docker, status)),
     ]
@@ -158,12 +166,15 @@ def deployment(status: Status | None) -> Outcome:
     return ok(text)
 
 
-def scoring_port(address: str, status: Status | None) -> Outcome:
+def scoring_port(key: str, address: str, status: Status | None) -> Outcome:
+    """`key` is the address's in `[scoring]`."""
     host, _, port = address.rpartition(":")
     if address.startswith("unix:") or not port.isdecimal():
         return ok(address)
     if port == "0":
-        return ok(f"{address}: the system chooses")
+        serving = {} if status is None else status.get("scoring", {})
+        chosen = serving.get(key.removesuffix("-address"), "")
+        return ok(f"{chosen}, chosen by the system" if chosen else f"{address}: any free port")
     served = status is not None and "scoring" in status["processes"]
     host = host.strip("[]") or "127.0.0.1"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -173,12 +184,12 @@ def scoring_port(address: str, status: Status | None) -> Outcome:
             probe.bind((host, int(port)))
     except OSError as failure:
         if failure.errno != errno.EADDRINUSE:
-            return error(f"{address}: {failure.strerror}", "correct scoring.grpc-address")
+            return error(f"{address}: {failure.strerror}", f"correct scoring.{key}")
         if served:
             return ok(f"{address}, in use by scoring")
         return error(
             f"{address} is in use by another program",
-            "stop it, or choose another scoring.grpc-address",
+            f"stop it, or choose another scoring.{key}",
         )
     if served:
         return error(

@@ -146,14 +146,20 @@ def test_a_port_that_another_program_has(tmp_path: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        level, message, fix = scoring_port(address, None)
+        level, message, fix = scoring_port("grpc-address", address, None)
         assert level == "error"
         assert "another program" in message
         assert "grpc-address" in fix
-        assert scoring_port(address, status(processes={"scoring": {"pid": 1}}))[0] == "ok"
-    assert scoring_port(address, None)[0] == "ok"
-    assert scoring_port(address, status(processes={"scoring": {"pid": 1}}))[0] == "error"
-    assert scoring_port("unix:/x", None)[0] == "ok"
+        assert (
+            scoring_port("grpc-address", address, status(processes={"scoring": {"pid": 1}}))[0]
+            == "ok"
+        )
+    assert scoring_port("grpc-address", address, None)[0] == "ok"
+    assert (
+        scoring_port("grpc-address", address, status(processes={"scoring": {"pid": 1}}))[0]
+        == "error"
+    )
+    assert scoring_port("http-address", "unix:/x", None)[0] == "ok"
 
 
 def test_deployments_and_boards(tmp_path: Path) -> None:

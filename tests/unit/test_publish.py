@@ -139,7 +139,7 @@ async def test_documents_and_methods_reach_the_agent(rig: Rig) -> None:
     assert await rig.publisher.method("iothub", "eCHO", [1]) == MethodResult(200, [1])
     unknown = await rig.publisher.method("iothub", "reboot", None)
     assert unknown.status == 400
-    assert "echo" in unknown.payload["message"]
+    assert "known: Echo" in unknown.payload["message"]
 
 
 async def test_flush_waits_for_the_last_report_but_not_forever(rig: Rig) -> None:
