@@ -62,15 +62,21 @@ class ImageTrust:
         self, ref: ImageRef, digest: str, generation: int, rule: ImageRule
     ) -> None:
         known = {key.fingerprint for key in rule.keys.values()}
+        # Only what proved itself counts: a newer image that never became good must not keep the
+        # one before it away.
         newest = max(
-            (one.generation for one in self._store.proofs(_scope(ref)) if one.key in known),
+            (
+                one.generation
+                for one in self._store.proofs(_scope(ref))
+                if one.good and one.key in known
+            ),
             default=0,
         )
-        # The device must be able to return to what worked.
+        # And the device must be able to return to what worked.
         if generation < newest and digest not in self._store.kept_digests():
             raise OlderGeneration(
-                f"{ref.pinned(digest)}: generation {generation} is older than {newest}, which this "
-                "device accepted from this repository before; sign it with a higher generation"
+                f"{ref.pinned(digest)}: generation {generation} is older than {newest}, which was "
+                "good on this device before; sign it with a higher generation"
             )
 
 

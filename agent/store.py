@@ -72,7 +72,7 @@ CREATE TABLE IF NOT EXISTS canary (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS proof (
     scope TEXT NOT NULL, sha256 TEXT NOT NULL, key TEXT NOT NULL, generation INTEGER NOT NULL,
-    PRIMARY KEY (scope, key, sha256)
+    good INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (scope, key, sha256)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS pending (
     source TEXT PRIMARY KEY, version INTEGER NOT NULL, document BLOB NOT NULL
@@ -116,13 +116,15 @@ class Deployment:
 class Proof:
     """Something signed that was accepted: its hash, the key's fingerprint, its generation.
 
-    `scope` is "manifest" or "image:<registry>/<repository>".
+    `scope` is "manifest" or "image:<registry>/<repository>"; `good` tells of an image that it was
+    part of a good deployment.
     """
 
     scope: str
     sha256: str
     key: str
     generation: int
+    good: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,11 +307,14 @@ class StateStore:
         """What was accepted in `scope`, the highest generation first."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT scope, sha256, key, generation FROM proof WHERE scope=? "
+                "SELECT scope, sha256, key, generation, good FROM proof WHERE scope=? "
                 "ORDER BY generation DESC, rowid DESC",
                 (scope,),
             ).fetchall()
-        return tuple(Proof(*row) for row in rows)
+        return tuple(
+            Proof(kind, sha256, key, generation, bool(good))
+            for kind, sha256, key, generation, good in rows
+        )
 
     # -- deployments ---------------------------------------------------------------------------
 
@@ -331,6 +336,12 @@ class StateStore:
                 "UPDATE deployment SET phase=?, description=? WHERE generation=?",
                 (phase, description, generation),
             )
+            if phase == "good":
+                db.execute(
+                    "UPDATE proof SET good=1 WHERE sha256 IN "
+                    "(SELECT digest FROM pin WHERE generation=?)",
+                    (generation,),
+                )
 
     def _one(self, tail: str) -> Deployment | None:
         return next(iter(self._select(f"{tail} LIMIT 1")), None)
@@ -460,11 +471,14 @@ class StateStore:
             )
 
     def kept_digests(self) -> frozenset[str]:
-        """The images of the last good deployment, which the device may have to return to."""
+        """The images that the device may have to return to: those of the last good deployment, and
+        of the one to which somebody on the device just returned."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT digest FROM pin WHERE generation = "
-                "(SELECT max(generation) FROM deployment WHERE phase='good')"
+                "SELECT digest FROM pin WHERE generation IN ("
+                "(SELECT max(generation) FROM deployment WHERE phase='good'), "
+                "(SELECT generation FROM deployment WHERE source='rollback' AND "
+                "generation=(SELECT max(generation) FROM deployment)))"
             ).fetchall()
         return frozenset(row[0] for row in rows)
 
@@ -524,7 +538,7 @@ def _note_proof(db: sqlite3.Connection, proof: Proof) -> None:
     )
     db.execute(
         "DELETE FROM proof WHERE scope=?1 AND key=?2 AND rowid NOT IN (SELECT rowid FROM proof "
-        "WHERE scope=?1 AND key=?2 ORDER BY generation DESC, rowid DESC LIMIT ?3)",
+        "WHERE scope=?1 AND key=?2 ORDER BY good DESC, generation DESC, rowid DESC LIMIT ?3)",
         (proof.scope, proof.key, KEPT_PROOFS),
     )
 

@@ -259,15 +259,36 @@ def test_an_older_generation_is_refused_unless_the_device_has_to_return_to_it(si
     site.sign(new, "release", "--generation", "2")
     site.sign(none)
     trust = site.trust()
-    site.pull(old, trust)
+
+    def deployed(ref: ImageRef, phase: str, source: str = "iothub") -> None:
+        made = site.store.accept(source, 1, b"{}")
+        site.store.pin(made.generation, "digits", str(ref.digest))
+        site.store.set_phase(made.generation, phase)
+
+    # What never became good keeps nothing away.
     site.pull(new, trust)
-    for one in (old, none):
-        with pytest.raises(ImageError, match=r"generation [01] is older than 2"):
-            site.pull(one, trust)
-    good = site.store.accept("iothub", 1, b"{}")
-    site.store.pin(good.generation, "digits", str(old.digest))
-    site.store.set_phase(good.generation, "good")
+    deployed(new, "failed")
+    site.pull(none, trust)
     site.pull(old, trust)
+    deployed(old, "good")
+    with pytest.raises(ImageError, match="generation 0 is older than 1"):
+        site.pull(none, trust)
+    deployed(new, "good")
+    for one in (old, none):
+        with pytest.raises(ImageError, match=r"generation [01] is older than 2, which was good"):
+            site.pull(one, trust)
+    site.pull(new, trust)
+    # Somebody on the device returns to the older deployment.
+    deployed(old, "applying", "rollback")
+    site.pull(old, trust)
+    deployed(new, "applying", "iothub")
+    with pytest.raises(ImageError, match="older than 2"):
+        site.pull(old, trust)
+    # The last good deployment is exempt, whatever its generation.
+    deployed(old, "good", "rollback")
+    site.pull(old, trust)
+    with pytest.raises(ImageError, match="older than 2"):
+        site.pull(none, trust)
     # Another repository counts for itself.
     site.pull(copy := site.push("x", b"x", "models/others"), site.trust(TrustImagesConfig("a.b")))
     site.sign(copy, "release", "--generation", "1")

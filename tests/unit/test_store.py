@@ -153,6 +153,19 @@ def test_proofs_are_bounded_for_each_key_and_the_highest_stay(store: StateStore)
     assert store.proofs("elsewhere") == ()
 
 
+def test_a_proof_is_good_once_a_deployment_with_it_was(store: StateStore) -> None:
+    for digest in ("sha256:aa", "sha256:bb"):
+        store.note_proof(Proof("s", digest, "k", 1))
+    made = store.accept("iothub", 1, b"{}")
+    store.pin(made.generation, "digits", "sha256:aa")
+    store.set_phase(made.generation, "probation")
+    assert not any(proof.good for proof in store.proofs("s"))
+    store.set_phase(made.generation, "good")
+    assert [proof.sha256 for proof in store.proofs("s") if proof.good] == ["sha256:aa"]
+    store.note_proof(Proof("s", "sha256:aa", "k", 2))
+    assert [proof.generation for proof in store.proofs("s") if proof.good] == [2]
+
+
 def test_a_failed_transaction_leaves_nothing_behind(store: StateStore) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         store.pin(4711, "a", "sha256:aa")  # no such deployment
