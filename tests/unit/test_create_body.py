@@ -17,6 +17,7 @@ from gatelet.agent.runtime.create_body import (
     ignored_options,
 )
 from gatelet.agent.runtime.create_schema import HOST_CONFIG
+from gatelet.agent.runtime.drift import drift
 from gatelet.agent.runtime.policy import (
     DockerPolicy,
     clean_path,
@@ -448,3 +449,79 @@ def test_whatever_comes_is_refused_or_stays_inside(options):
     assert settings.get("NetworkMode") != "host"
     assert not any(bind.startswith("/") for bind in settings.get("Binds", []))
     assert set(settings) <= set(HOST_CONFIG)
+
+
+# createOptions in the style of modules that people run on IoT Edge today.
+PUBLISHED = {"1433/tcp": [{"HostPort": "1433"}]}
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({}, {}),
+        (host(PortBindings={f"{port}/tcp": [{"HostPort": str(port)}] for port in (443, 5671)}), {}),
+        (host(Binds=["blobs:/blobroot"], PortBindings={"11002/tcp": [{"HostPort": "11002"}]}), {}),
+        (
+            {
+                "Env": ["ACCEPT_EULA=Y"],
+                "HostConfig": {
+                    "CapAdd": ["SYS_PTRACE"],
+                    "Mounts": [{"Type": "volume", "Source": "db", "Target": "/var/opt/db"}],
+                    "PortBindings": PUBLISHED,
+                },
+            },
+            {"capabilities": ("SYS_PTRACE",)},
+        ),
+        (
+            {"Hostname": "publisher", "Cmd": ["--aa"], **host(Binds=["/iiotedge:/appdata"])},
+            {"mounts": ("/iiotedge",)},
+        ),
+        (
+            {
+                "ExposedPorts": {"8554/tcp": {}},
+                "HostConfig": {
+                    "runtime": "nvidia",
+                    "ShmSize": 268435456,
+                    "Devices": [{"PathOnHost": "/dev/video0", "PathInContainer": "/dev/video0"}],
+                },
+            },
+            {"runtimes": ("nvidia",), "devices": ("/dev/video0",)},
+        ),
+        (
+            {
+                "NetworkingConfig": {"EndpointsConfig": {"host": {}}},
+                "HostConfig": {"NetworkMode": "host"},
+            },
+            {"allow_host_network": True},
+        ),
+        (
+            {"User": "root", **host(Privileged=True, Binds=["/dev:/dev"])},
+            {"allow_privileged": True},
+        ),
+    ],
+)
+def test_options_of_today(options, policy):
+    if policy:
+        refusal(options)
+    body = body_of(options, policy=DockerPolicy(**policy))
+    assert body["HostConfig"]["RestartPolicy"]["Name"] == "no"
+
+
+@given(st.dictionaries(KEYS, JSON | st.dictionaries(KEYS, JSON, max_size=4), max_size=4))
+def test_what_was_just_created_has_not_drifted(options):
+    """Whatever may be in a body, as an engine that changes nothing gives it back."""
+    try:
+        body = body_of(options, policy=DockerPolicy(allow_privileged=True))
+    except ManifestError:
+        return
+    settings = body["HostConfig"]
+    mode = settings.get("NetworkMode") or "default"
+    networks = body.get("NetworkingConfig", {}).get("EndpointsConfig", {})
+    inspect = {
+        "Name": "/cam",
+        "Image": "sha256:1",
+        "Config": {"Cmd": None, **body, "Env": [e for e in body["Env"] if "=" in e]},
+        "HostConfig": {**settings, "NetworkMode": mode},
+        "NetworkSettings": {"Networks": dict.fromkeys((*networks, mode))},
+    }
+    assert drift("cam", "sha256:1", body, inspect, {}) == ()
