@@ -31,6 +31,23 @@ _PIPELINED = 16
 # Bytes that are no body, such as sizes of chunks and trailers, between two parts of a body.
 _BETWEEN = 64 * 1024
 _CHUNK = 64 * 1024
+# As common clients write them.
+_NAMES = {
+    spelled.encode(): name.lower()
+    for name in (
+        "Accept",
+        "Accept-Encoding",
+        "Authorization",
+        "Connection",
+        "Content-Length",
+        "Content-Type",
+        "Host",
+        "Inference-Header-Content-Length",
+        "Traceparent",
+        "User-Agent",
+    )
+    for spelled in (name, name.lower())
+}
 
 
 class Host(Protocol):
@@ -174,7 +191,7 @@ class Connection(asyncio.Protocol):
             # A trailer: allowed, and nobody asks for it.
             return
         self._count(len(name) + len(value) + 4)
-        key = name.decode("latin-1").lower()
+        key = _NAMES.get(name) or name.decode("latin-1").lower()
         text = value.decode("latin-1").strip()
         before = self._headers.get(key)
         if before is not None and key in ("host", "authorization", "content-type"):

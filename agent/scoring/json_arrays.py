@@ -6,6 +6,7 @@ What is decoded has a type that says how deep it may be, so that no sender choos
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from .types import Tensor
 
 MOST_VALUES = 1_000_000
 _MOST_DIMENSIONS = 32
-_SPACE = b" \t\r\n"
+_BRACKETS = re.compile(rb"[\[ \t\r\n]*")
 # Of the beginning of data, where its brackets are.
 _SCANNED = 4096
 
@@ -52,13 +53,9 @@ def parse_array(name: str, datatype: str, data: msgspec.Raw | bytes, rank: int) 
 
 def _depth(data: memoryview, rank: int) -> int:
     """Levels of lists that the data begins with, and at most `rank`."""
-    depth = 0
-    for byte in data[:_SCANNED]:
-        if byte == 0x5B:
-            depth += 1
-        elif byte not in _SPACE:
-            break
-    return min(depth, rank) if rank else depth and 1
+    begin = _BRACKETS.match(data[:_SCANNED])
+    depth = begin[0].count(b"[") if begin else 0
+    return min(depth, rank) if rank else min(depth, 1)
 
 
 @functools.lru_cache(maxsize=256)
