@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ class AgentClient:
 
     def _away(self, error: grpc.RpcError) -> CommandError:
         if _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            if _forbidden(self._socket):
+                return AgentAway(
+                    f"you may not open {self._socket}; run the command as the agent's user or as "
+                    "root (sudo)"
+                )
             return AgentAway(
                 f"no agent answers on {self._socket}; start it with `gatelet run`, or name its "
                 "configuration with --config"
@@ -119,6 +125,13 @@ class AgentClient:
         if _code(error) is grpc.StatusCode.FAILED_PRECONDITION:
             return CommandError(str(getattr(error, "details", str)()))
         return CommandError(f"the agent refused the call: {getattr(error, 'details', str)()}")
+
+
+def _forbidden(socket: Path) -> bool:
+    """Whether the socket, or the folder that it would be in, is closed to this user."""
+    if os.path.exists(socket):
+        return not os.access(socket, os.W_OK)
+    return os.path.exists(socket.parent) and not os.access(socket.parent, os.X_OK)
 
 
 def _code(error: grpc.RpcError) -> grpc.StatusCode | None:

@@ -97,7 +97,7 @@ def _findings(
 def _status(config: AgentConfig) -> dict[str, Any] | None:
     from .agent_client import AgentClient
 
-    if not config.agent_socket.exists():
+    if not os.path.exists(config.agent_socket):
         return None
     try:
         with AgentClient(config.agent_socket) as agent:

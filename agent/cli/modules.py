@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -137,7 +138,7 @@ def _lines(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
             return
         except AgentAway:
             # Why it does not answer is what its log tells.
-            if arguments.follow or not config.logs_dir.is_dir():
+            if arguments.follow or not os.path.isdir(config.logs_dir):
                 raise
     from ..clock import SystemClock
     from ..log_lines import LineFilter

@@ -174,7 +174,7 @@ def _rows(database: Path, query: str, count: int) -> list[tuple[Any, ...]]:
 
 def _about(config: AgentConfig, clock: Clock) -> dict[str, Any]:
     state = config.device.state_dir
-    there = next((p for p in (state, *state.absolute().parents) if p.exists()), Path("/"))
+    there = next((p for p in (state, *state.absolute().parents) if os.path.exists(p)), Path("/"))
     disk = shutil.disk_usage(there)
     return {
         "device": config.device_id,

@@ -107,7 +107,7 @@ def folder(path: Path, key: str) -> Outcome:
 
 
 def disk(path: Path) -> Outcome:
-    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    there = next((p for p in (path, *path.absolute().parents) if os.path.exists(p)), Path("/"))
     use = shutil.disk_usage(there)
     inodes = os.statvfs(there)
     text = f"{_size(use.free)} of {_size(use.total)} free at {there}"
@@ -143,10 +143,13 @@ def agent(config: AgentConfig, status: Status | None) -> Outcome:
         if restarts > 5:
             return warning(f"processes were restarted {restarts} times", "see `gatelet logs agent`")
         return ok(", ".join(ages) or f"answers on {path}")
-    if not path.exists():
+    closed = os.path.exists(path.parent) and not os.access(path.parent, os.X_OK)
+    if closed or (os.path.exists(path) and not os.access(path, os.W_OK)):
+        return warning(
+            f"{path} belongs to another user", "run this command as the agent's user, or as root"
+        )
+    if not os.path.exists(path):
         return warning("not running", "start it: `systemctl start gatelet.target` or `gatelet run`")
-    if not os.access(path, os.W_OK):
-        return warning(f"{path} belongs to another user", "run this command as the agent's user")
     return error(f"does not answer on {path}", "restart it, and see `gatelet logs agent`")
 
 

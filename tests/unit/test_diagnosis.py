@@ -419,6 +419,17 @@ def test_a_bundle_holds_everything_but_secrets(
     assert "pull m" in texts["journal.txt"]
 
 
+def test_the_journal_of_an_agent_that_has_ended_is_inside(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "state.db", SystemClock())
+    generation = store.accept("local", 0, b"{}").generation
+    store.journal(generation, "pull m", "done")
+    store.close()
+    body = make_bundle(config(tmp_path), BundleParts(None, [], {}), LogFilter(), SystemClock())
+    inside = zipfile.ZipFile(io.BytesIO(body))
+    assert "pull m" in inside.read("journal.txt").decode()
+    assert json.loads(inside.read("deployments/1.json")) == {}
+
+
 def test_a_bundle_without_anything_to_read(tmp_path: Path) -> None:
     settings = config(tmp_path)
     body = make_bundle(settings, BundleParts(None, [], {}), LogFilter(), SystemClock())
