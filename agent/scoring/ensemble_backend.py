@@ -19,7 +19,16 @@ from ...accelerators.errors import (
 from ...accelerators.tensors import Array, TensorSpec
 from ...modules.errors import ImageError
 from ...modules.model_json import load_model
-from .ensemble import KIND, MAX_BYTES, Graph, Signature, build_graph, check_types, parse_ensemble
+from .ensemble import (
+    KIND,
+    MAX_BYTES,
+    Graph,
+    Signature,
+    Step,
+    build_graph,
+    check_types,
+    parse_ensemble,
+)
 from .errors import Code, ScoringError
 from .instances import Instance
 from .routing import RoutingTable, choose
@@ -94,6 +103,10 @@ class EnsembleSession:
         self.outputs = outputs
         self._checked: RoutingTable[Instance] | None = None
         self._closed = False
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self._graph.steps
 
     @property
     def endpoints(self) -> frozenset[str]:
@@ -241,3 +254,11 @@ def steps_of(instances: Iterable[Instance]) -> frozenset[str]:
     sessions = (member.session for instance in instances for member in instance.members)
     ensembles = (session for session in sessions if isinstance(session, EnsembleSession))
     return frozenset(name for session in ensembles for name in session.endpoints)
+
+
+def ensemble_steps(instance: Instance) -> tuple[Step, ...]:
+    """The steps of an ensemble; () of any other model."""
+    for member in instance.members:
+        if isinstance(member.session, EnsembleSession):
+            return member.session.steps
+    return ()

@@ -9,6 +9,7 @@ from ...protos import open_inference_pb2 as oip
 from .batching import DEFAULT_PRIORITY, LAST_PRIORITY
 from .batching_choice import has_batch_axis
 from .dataplane import DataPlane
+from .ensemble_backend import ensemble_steps
 from .errors import Code, ScoringError
 from .instances import Instance
 from .repository import index, served
@@ -78,7 +79,22 @@ def _config(name: str, instance: Instance, versions: int) -> oip.ModelConfig:
         ),
         model_transaction_policy=oip.ModelTransactionPolicy(decoupled=False),
     )
-    if batching.max_batch > 1:
+    steps = ensemble_steps(instance)
+    if steps:
+        config.ensemble_scheduling.CopyFrom(
+            oip.ModelEnsembling(
+                step=[
+                    oip.ModelEnsembling.Step(
+                        model_name=step.model_name,
+                        model_version=_number(step.version),
+                        input_map=step.input_map,
+                        output_map=step.output_map,
+                    )
+                    for step in steps
+                ]
+            )
+        )
+    elif batching.max_batch > 1:
         config.dynamic_batching.CopyFrom(
             oip.ModelDynamicBatching(
                 preferred_batch_size=batching.preferred,
@@ -97,6 +113,11 @@ def _config(name: str, instance: Instance, versions: int) -> oip.ModelConfig:
     config.parameters["model"].string_value = instance.model
     config.parameters["version"].string_value = instance.version
     return config
+
+
+def _number(version: str) -> int:
+    """Versions are text here and numbers there, -1 for any."""
+    return int(version) if version.isascii() and version.isdecimal() and len(version) < 19 else -1
 
 
 def _data_type(spec: TensorSpec) -> str:

@@ -197,6 +197,19 @@ def test_an_ensemble_answers_over_the_models_of_its_steps(site: Site, tmp_path: 
             client.infer("e", {"x": np.ones((1, 5), np.float32)})
 
 
+def test_triton_clients_see_what_it_is_made_of(site: Site, tmp_path: Path) -> None:
+    import tritonclient.grpc as triton
+
+    add_ensemble(site, ensemble_folder(tmp_path / "e", CHAIN))
+    with triton.InferenceServerClient(site.address) as client:
+        config = client.get_model_config("e").config
+    assert config.platform == "ensemble"
+    first, last = config.ensemble_scheduling.step
+    assert (first.model_name, first.model_version, last.model_name) == ("double", -1, "triple")
+    assert dict(first.output_map) == {"y": "doubled"}
+    assert dict(last.input_map) == {"x": "doubled"}
+
+
 def test_independent_steps_run_at_the_same_time(site: Site, tmp_path: Path) -> None:
     import threading
 
