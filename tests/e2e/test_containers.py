@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from conftest import RunningDevice
+from gatelet.agent.main import main
 from gatelet.agent.scoring.client import ScoringClient
 from gatelet.protos.services import ScoringStub
 
@@ -304,3 +306,37 @@ async def test_a_scoring_container_is_scored_through_the_gateway(host: Container
     await host.until_good(host.desire(content()))
     assert host.names() == set()
     await host.until(lambda s: not s["endpoints"])
+
+
+async def test_an_engine_pulls_what_is_signed_and_nothing_else(host: ContainerDevice) -> None:
+    image = host.engine.push("signed/web:1", files={"signed": b"1"})
+    key, public = host.folder / "release.key", host.folder / "release.pub"
+    for words in (
+        ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(key)],
+        ["ec", "-in", str(key), "-pubout", "-out", str(public)],
+    ):
+        await asyncio.to_thread(
+            subprocess.run, ["openssl", *words], check=True, capture_output=True
+        )
+    await host.stop_agent()
+    config = host.folder / "agent.toml"
+    registry = image.name.partition("/")[0]
+    config.write_text(
+        f"{config.read_text()}\n[trust]\nkeys = [{{id = 'release', file = '{public}'}}]\n"
+        f"images = [{{prefix = '{registry}/signed'}}]\n"
+    )
+    await host.start_agent()
+    version = host.desire(content(web=image.name))
+    reported = await host.until_reported(
+        lambda r: (
+            r.get("lastDesiredVersion") == version
+            and r["modules"].get("web", {}).get("runtimeStatus") == "backoff"
+        )
+    )
+    assert "is not signed" in reported["modules"]["web"]["statusDescription"]
+    held = await asyncio.to_thread(host.engine.client.images)
+    assert not any(image.digest in str(one.get("RepoDigests")) for one in held)
+    sign = ["image", "sign", image.name, "--key", str(key)]
+    assert await asyncio.to_thread(main, sign) == 0
+    reported = await host.until_good(version)
+    assert reported["modules"]["web"]["settings"]["imageHash"] == image.digest
