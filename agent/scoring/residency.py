@@ -7,7 +7,6 @@ for that no longer than its deadline.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import threading
 import time
@@ -90,7 +89,8 @@ class Evictable(Protocol):
 
     def admit(self, session: Session) -> None: ...
 
-    def evict(self) -> None: ...
+    def evict(self) -> Session | None:
+        """Its session, which is the caller's to close, as it is no longer in memory."""
 
 
 class Residency:
@@ -121,9 +121,11 @@ class Residency:
         raises.
         """
         with self._lock:
-            self._wait_for_room(member, deadline)
+            evicted = self._wait_for_room(member, deadline)
             self._loading = True
         try:
+            # Without the lock: those that stay go on answering.
+            _close(evicted)
             before = self._measure()
             session = open_()
             grown = self._measure() - before
@@ -143,7 +145,8 @@ class Residency:
                 self._members.append(member)
         return session
 
-    def _wait_for_room(self, member: Evictable, deadline: float | None) -> None:
+    def _wait_for_room(self, member: Evictable, deadline: float | None) -> list[Session]:
+        """The sessions that have to be closed first."""
         limit = self.now() + _WAIT_SECONDS
         until = limit if deadline is None else min(deadline, limit)
         while True:
@@ -155,11 +158,8 @@ class Residency:
                 ]
                 room = make_room(residents, member.size, self.budget)
                 if room.fits:
-                    for number in room.evict:
-                        others[number].evict()
-                    if room.evict:
-                        _give_back()
-                    return
+                    evicted = [others[number].evict() for number in room.evict]
+                    return [session for session in evicted if session is not None]
             left = until - self.now()
             if left <= 0:
                 if deadline is not None and self.now() >= deadline:
@@ -190,11 +190,11 @@ class Residency:
         with self._lock:
             if member.busy:
                 return False
-            if member.resident:
-                member.evict()
-                _give_back()
-                self._freed.notify_all()
-            return True
+            session = member.evict()
+            self._freed.notify_all()
+        if session is not None:
+            _close([session])
+        return True
 
     def forget(self, member: Evictable) -> None:
         with self._lock:
@@ -270,13 +270,13 @@ class BudgetedSession:
     def admit(self, session: Session) -> None:
         self._session = session
 
-    def evict(self) -> None:
+    def evict(self) -> Session | None:
         """Called by the residency, which holds its lock."""
         session, self._session = self._session, None
         if session is not None:
             self._evictions += 1
-            session.close()
-            log.info("a model of %d MiB left memory for another", self.size >> 20)
+            log.info("a model of %d MiB leaves memory", self.size >> 20)
+        return session
 
     def warm(self, deadline: float | None) -> None:
         """Be in memory. Raises as `run`."""
@@ -351,9 +351,12 @@ def memory_of(instance: Instance) -> MemoryReport | None:
     )
 
 
-def _give_back() -> None:
-    """Return freed memory to the system, which glibc would keep for later."""
-    gc.collect()
+def _close(sessions: Sequence[Session]) -> None:
+    """Close them, and return their memory to the system, which glibc would keep for later."""
+    if not sessions:
+        return
+    for session in sessions:
+        session.close()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
