@@ -27,6 +27,7 @@ class GrpcLimits:
     threads: int = 0
     streams: int = 32
     max_message_bytes: int = 64 * 1024 * 1024
+    max_metadata_bytes: int = 16 * 1024
     max_concurrent_rpcs: int = 256
     max_concurrent_streams: int = 128
     handshake_timeout_ms: int = 2000
@@ -118,6 +119,7 @@ def _options(limits: GrpcLimits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
         ("grpc.max_concurrent_streams", limits.max_concurrent_streams),
         ("grpc.server_handshake_timeout_ms", limits.handshake_timeout_ms),
         ("grpc.max_connection_idle_ms", limits.max_connection_idle_ms),

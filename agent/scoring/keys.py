@@ -130,10 +130,16 @@ class KeyStore:
         new = file.with_suffix(".new")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Of an administrator's own making, the scoring process could not read them.
+            owner = self._folder.parent.stat()
+            if os.geteuid() == 0:
+                os.chown(self._folder, owner.st_uid, owner.st_gid)
             new.unlink(missing_ok=True)
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
                 target.write(msgspec.json.encode(keys))
                 target.flush()
+                if os.geteuid() == 0:
+                    os.fchown(target.fileno(), owner.st_uid, owner.st_gid)
                 os.fsync(target.fileno())
             new.replace(file)
         except OSError as error:

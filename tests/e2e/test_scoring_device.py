@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -89,3 +91,14 @@ async def test_an_endpoint_with_keys_over_rest(
     assert status == 200
     assert 'nv_inference_request_success{model="digits",version="1"}' in text
     assert 'gatelet_refused_calls_total{code="UNAUTHENTICATED"}' in text
+
+    # What a crash inside a model does: the process is started again, models, keys and all.
+    before = device.processes()["scoring"]["pid"]
+    os.kill(before, signal.SIGSEGV)
+    await device.until(
+        lambda s: s["scoring"] and s["scoring"]["http"] != addresses["http"] and s["endpoints"]
+    )
+    addresses = (await device.status())["scoring"]
+    assert device.processes()["scoring"]["pid"] != before
+    assert (await asyncio.to_thread(score, keys["secondary"]))[0] == 200
+    assert (await asyncio.to_thread(score, None))[0] == 401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_keys_are_for_their_owner_only(store: KeyStore, tmp_path: Path) -> None:
     file = tmp_path / "keys" / "e.json"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_keys_made_by_root_belong_to_whom_the_state_belongs(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12345, 23456)
+    KeyStore(tmp_path / "keys").show("e")
+    for path in (tmp_path / "keys", tmp_path / "keys" / "e.json"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456)
 
 
 @pytest.mark.parametrize("name", ["../e", "a/b", ".hidden", "", "x" * 200])
