@@ -93,7 +93,8 @@ class Containers(RuleBasedStateMachine):
         self.device.violations = []
         self.boots = 1
         self.up = True
-        self.kinds: dict[str, str] = {}
+        self.killed: set[str] = set()
+        self.wanted: dict[str, Any] = {}
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)
@@ -113,6 +114,8 @@ class Containers(RuleBasedStateMachine):
 
     @rule(wanted=modules, wait=st.booleans())
     def deploy(self, wanted: dict[str, Any], wait: bool) -> None:
+        self.wanted = wanted
+
         async def work() -> None:
             entries = {
                 name: {
@@ -132,6 +135,16 @@ class Containers(RuleBasedStateMachine):
 
         self.run(work())
 
+    @precondition(lambda self: self.wanted)
+    @rule(wait=st.booleans())
+    def flip(self, wait: bool) -> None:
+        """The same again, the other way round for one module."""
+        name = min(self.wanted)
+        status = "stopped" if self.wanted[name]["status"] == "running" else "running"
+        self.deploy(
+            wanted={**self.wanted, name: {**self.wanted[name], "status": status}}, wait=wait
+        )
+
     @rule(seconds=st.sampled_from([0.1, 1, 7, 40, 400]))
     def pass_time(self, seconds: float) -> None:
         self.run(asyncio.sleep(seconds))
@@ -142,6 +155,8 @@ class Containers(RuleBasedStateMachine):
             container = self.device.engine._find(name)
             if container is not None and container.state["Running"]:
                 self.device.engine.signal(name, signal)
+                if signal == "SIGKILL":
+                    self.killed.add(name)
 
         self.run(work())
 
@@ -258,6 +273,8 @@ class Containers(RuleBasedStateMachine):
                 assert not container.state["Running"]
             else:
                 found[container.name] = container.image.name
+                ends = "EXIT_AFTER_MS" in container.environment or container.name in self.killed
+                assert ends or container.state["Running"], f"{container.name} does not run"
         assert found == expected
 
     def picture(self) -> dict[str, tuple[str, str]]:
