@@ -61,7 +61,7 @@ def parse_line(line: str) -> Parsed:
 @dataclass(frozen=True, slots=True)
 class LineFilter:
     """`where` limits the lines read from the log; `severity` and `pattern` choose among them;
-    its `tail` counts the chosen ones."""
+    its `tail` counts the chosen ones. A pattern may take long: see `methods/searching.py`."""
 
     where: LogFilter
     severity: int | None = None
@@ -72,14 +72,14 @@ class LineFilter:
         """Whether every line of `where` is taken, so that its tail may be taken early."""
         return self.severity is None and self.pattern is None
 
+    def without_pattern(self) -> LineFilter:
+        """What to read before the pattern is tried: then the tail must wait as well."""
+        if self.pattern is None:
+            return self
+        return LineFilter(LogFilter(None, self.where.since, self.where.until), self.severity)
+
     def takes(self, line: LogLine) -> bool:
-        if self.plain:
-            return True
-        parsed = parse_line(line.text)
-        if self.severity is not None and parsed.severity != self.severity:
-            return False
-        text = parsed.text[:MATCHED_CHARACTERS]
-        return self.pattern is None or self.pattern.search(text) is not None
+        return self.severity is None or parse_line(line.text).severity == self.severity
 
 
 def within(line: LogLine, where: LogFilter) -> bool:

@@ -19,6 +19,7 @@ from ..log_lines import Choice, LineFilter, chosen, mentions
 from ..logs import LogPart, follow_logs, read_logs
 from ..plan_types import Kind
 from ..runtime.container import ContainerRuntime, LogFilter, LogLine, RuntimeFailed
+from .searching import filtered
 
 _AGENT = (LogPart("agent"), LogPart("supervisor"))
 _LINKS = ("[twin.", "[outbox", "[publish]", "[telemetry]", "[identity.", "[edge_hub]")
@@ -62,7 +63,16 @@ class ModuleLogs:
         return name in SYSTEM_MODULES or any(file.exists() for file in files)
 
     async def read(self, name: str, wanted: LineFilter) -> list[LogLine]:
-        """The chosen lines, oldest first. Raises NoSuchLog."""
+        """The chosen lines, oldest first. Raises NoSuchLog, BadRequest."""
+        lines = await self._before_pattern(name, wanted.without_pattern())
+        if wanted.pattern is None:
+            return lines
+        try:
+            return await asyncio.to_thread(filtered, lines, wanted)
+        except OSError as error:
+            raise NoSuchLog(f"the log of {name} cannot be searched: {error}") from error
+
+    async def _before_pattern(self, name: str, wanted: LineFilter) -> list[LogLine]:
         # The tail counts chosen lines, so all must be read where the filter looks at them.
         where = wanted.where
         early = where if wanted.plain else LogFilter(None, where.since, where.until)

@@ -174,16 +174,6 @@ def sas_url(payload: Any) -> str:
     return value
 
 
-def matching(items: tuple[LogItem, ...], names: tuple[str, ...]) -> dict[str, LineFilter]:
-    """Log name -> filter, for the names that an item asks for; the first item that does counts."""
-    found: dict[str, LineFilter] = {}
-    for item in items:
-        for name in names:
-            if name not in found and (item.modules is None or item.modules.search(name)):
-                found[name] = item.lines
-    return found
-
-
 def _item(value: Any, where: str, now: datetime) -> LogItem:
     fields = _Fields(value, where)
     everything = fields.text("id").lower() == ALL

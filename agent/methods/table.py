@@ -23,11 +23,11 @@ from .requests import (
     LogsRequest,
     bundle_request,
     logs_request,
-    matching,
     module_to_restart,
     sas_url,
     task_asked_for,
 )
+from .searching import matching
 from .tasks import BackgroundTasks, TaskFailed, TaskStatus, TooBusy
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class DirectMethods:
     async def _get_logs(self, payload: Any) -> MethodResult:
         request = logs_request(payload, self._clock.now())
         answer, size = [], 0
-        for name, wanted in self._matching(request).items():
+        for name, wanted in (await self._matching(request)).items():
             body = self._shaped(name, await self._logs.read(name, wanted), request)
             size += len(body)
             if request.encoding == "gzip":
@@ -131,7 +131,7 @@ class DirectMethods:
 
     async def _upload_logs(self, payload: Any) -> MethodResult:
         request, target = logs_request(payload, self._clock.now()), _target(payload)
-        wanted = self._matching(request)
+        wanted = await self._matching(request)
         if target.is_blob and len(wanted) > 1:
             raise BadRequest(
                 f"payload.sasUrl is for a single blob, and {len(wanted)} logs are asked for: give "
@@ -149,7 +149,7 @@ class DirectMethods:
     ) -> None:
         try:
             body = self._shaped(name, await self._logs.read(name, wanted), request)
-        except NoSuchLog as error:
+        except (NoSuchLog, BadRequest) as error:
             raise TaskFailed(str(error)) from error
         extension = "json" if request.content == "json" else "log"
         kind = "application/json" if request.content == "json" else "text/plain; charset=utf-8"
@@ -173,8 +173,11 @@ class DirectMethods:
     async def _task_status(self, payload: Any) -> MethodResult:
         return _begun(self._tasks.status(task_asked_for(payload)))
 
-    def _matching(self, request: LogsRequest) -> dict[str, LineFilter]:
-        return matching(request.items, self._logs.names())
+    async def _matching(self, request: LogsRequest) -> dict[str, LineFilter]:
+        try:
+            return await asyncio.to_thread(matching, request.items, self._logs.names())
+        except OSError as error:
+            raise NoSuchLog(f"the logs cannot be searched: {error}") from error
 
     def _shaped(self, name: str, lines: list[LogLine], request: LogsRequest) -> bytes:
         names = self._names

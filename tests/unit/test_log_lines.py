@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -57,11 +56,8 @@ def test_any_line_parses_and_keeps_its_end(text: str) -> None:
 
 def test_filters_choose_and_the_tail_counts_what_they_chose() -> None:
     lines = [line(f"<{6 if n % 2 else 3}> line {n}", n) for n in range(10)]
-    everything = LogFilter()
     errors = LineFilter(LogFilter(tail=2), severity=3)
     assert [one.text for one in chosen(lines, errors)] == ["<3> line 6", "<3> line 8"]
-    pattern = LineFilter(everything, pattern=re.compile("line [12]"))
-    assert [one.text for one in chosen(lines, pattern)] == ["<6> line 1", "<3> line 2"]
     span = LogFilter(None, AT + timedelta(seconds=3), AT + timedelta(seconds=5))
     assert len(chosen(lines, LineFilter(span))) == 3
     assert chosen(lines, LineFilter(LogFilter(tail=0))) == []

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from gatelet.agent.log_lines import LineFilter
 from gatelet.agent.methods.blobs import blob_url, parse_target
 from gatelet.agent.methods.moments import parse_moment
 from gatelet.agent.methods.requests import (
     BadRequest,
     bundle_request,
     logs_request,
-    matching,
     module_to_restart,
     sas_url,
     task_asked_for,
 )
+from gatelet.agent.methods.searching import filtered, matching, search_all
+from gatelet.agent.runtime.container import LogFilter, LogLine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,6 +156,28 @@ def test_any_payload_is_a_request_or_a_bad_one(payload: Any) -> None:
             read(payload)
         except BadRequest:
             pass
+
+
+@pytest.mark.parametrize("pattern", ["line [12]", "line [12]+$", "LINE (?:1|2)?[12]"])
+def test_patterns_find_the_same_in_a_process_of_their_own(pattern: str) -> None:
+    compiled = re.compile(pattern, re.IGNORECASE)
+    texts = [f"line {n}" for n in range(30)] + ["", "\U0001f600 line 1", "\udc80"]
+    assert search_all(compiled, texts) == [compiled.search(t) is not None for t in texts]
+    assert search_all(compiled, []) == []
+
+
+def test_a_pattern_that_takes_ages_is_refused_while_others_go_on() -> None:
+    with pytest.raises(BadRequest, match="repetitions inside repetitions"):
+        search_all(re.compile(r"(\w+\W?)*!"), ["a" * 60], seconds=0.3)
+
+
+def test_the_tail_counts_what_the_pattern_found() -> None:
+    lines = [LogLine(None, "stdout", f"<3> line {n}") for n in range(20)]
+    wanted = LineFilter(LogFilter(tail=2), None, re.compile("line .$"))
+    assert [line.text for line in filtered(lines, wanted)] == ["<3> line 8", "<3> line 9"]
+    assert filtered(lines, LineFilter(LogFilter(tail=0))) == []
+    begin = LineFilter(LogFilter(), None, re.compile("^line 7"))
+    assert len(filtered(lines, begin)) == 1, "the prefix is not part of the text"
 
 
 def test_the_other_requests() -> None:
