@@ -186,6 +186,8 @@ def _ill(
     if view.state == "running" and view.health == "unhealthy":
         log = f": {view.health_log}" if view.health_log else ""
         return f"its health check failed{log}"
+    if view.state == "running" and state.trouble_since is not None:
+        return "what it serves does not answer any more"
     since = watched.starting_since.get(module.name)
     if since is not None and now - since >= rules.healthy_deadline:
         return f"it did not become healthy within {rules.healthy_deadline:g} s ({view.state})"

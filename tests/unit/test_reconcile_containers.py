@@ -266,6 +266,24 @@ def test_a_scoring_container_is_routed_and_restarted_when_it_does_not_answer() -
     play(scenario)
 
 
+def test_a_scoring_container_that_falls_silent_during_probation_is_rolled_back() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2, Labels={"io.gatelet.scoring": "m"})
+        await device.good(manifest(aa=V1))
+        entry = {"image": V2, "env": {"GATELET_PROBATION_SECONDS": "3000"}}
+        device.reconciler.submit("local", 0, manifest(aa=entry), always=True)
+        await device.until(lambda: device.phase() == "probation")
+        await asyncio.sleep(100)
+        device.scoring.silent.update(device.scoring.sockets.values())
+        await device.until(lambda: device.phase() == "failed", 1300)
+        assert "does not answer" in device.description()
+        device.scoring.silent.clear()
+        await device.settled()
+        assert device.containers() == {"aa": f"{V1} running"}
+
+    play(scenario)
+
+
 def test_drift_is_corrected() -> None:
     async def scenario(device: Device) -> None:
         publish(device, V1)
