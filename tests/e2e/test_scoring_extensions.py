@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -341,7 +343,19 @@ def test_priority_and_timeout_parameters(
     assert "parameter 'timeout' must be a whole number" in caught.value.details()
 
 
-def test_requests_at_the_same_time_are_stacked_and_answered_rightly(site: Site) -> None:
+def test_requests_at_the_same_time_are_stacked_and_answered_rightly(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = site.server_instance("stacked")
+    session = instance.members[0].session
+    gathered = threading.Event()
+
+    def run(*arguments: Any, run: Any = session.run) -> Any:
+        # The model is quicker than requests come in: it has to be held up for them to meet.
+        assert gathered.wait(DEADLINE)
+        return run(*arguments)
+
+    monkeypatch.setattr(session, "run", run)
     with triton.InferenceServerClient(site.address) as client:
         before = client.get_inference_statistics("stacked").model_stats[0]
         answers: queue.Queue[tuple[int, object, object]] = queue.Queue()
@@ -351,6 +365,11 @@ def test_requests_at_the_same_time_are_stacked_and_answered_rightly(site: Site) 
                 [tensor(X + number)],
                 lambda result, error, number=number: answers.put((number, result, error)),
             )
+        deadline = time.monotonic() + DEADLINE
+        while instance.pending < 8:
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.005)
+        gathered.set()
         for _ in range(100):
             number, result, error = answers.get(timeout=DEADLINE)
             assert error is None, (error.status(), error.message())
