@@ -160,6 +160,8 @@ class HubFixture:
         """For `server_verification_cert` of azure-iot-device."""
         self.proxy_port = site.proxy.port
         """A CONNECT proxy on 127.0.0.1 that leads to the hub by its name."""
+        self.mqtt_port, self.https_port = about.mqtt_port, about.https_port
+        """Of 127.0.0.1, for clients that can be told a port."""
         self.service_connection_string = about.service_connection_string
         self.service_url = about.rest_url
         self.page_url = f"{site.control.url}/hub/#token={site.control.token}"

@@ -52,7 +52,14 @@ class Site:
         self._registry: Registry | None = None
         if HUB in parts:
             name, state = settings.host_name, folder / "hub"
-            self._hub = IotHub(name, self._pki, state_dir=state, service_port=ports.service)
+            self._hub = IotHub(
+                name,
+                self._pki,
+                state_dir=state,
+                service_port=ports.service,
+                mqtt_port=ports.hub_mqtt,
+                https_port=ports.hub_https,
+            )
             self._provisioning = Provisioning(
                 DPS_NAME, ID_SCOPE, self._pki, [self._hub], state_dir=folder / "dps"
             )
@@ -175,6 +182,8 @@ class Site:
                 "hostName": self._hub.host_name,
                 "caFile": str(self._pki.ca_file),
                 "proxy": f"127.0.0.1:{self.proxy.port}",
+                "mqttPort": self._hub.mqtt_port,
+                "httpsPort": self._hub.https_port,
                 "deviceConnectionString": self._hub.connection_string(device),
                 "edgeAgentConnectionString": self._hub.connection_string(device, EDGE_AGENT),
                 "serviceConnectionString": self._hub.service_connection_string,

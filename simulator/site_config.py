@@ -37,6 +37,8 @@ class Ports(_Section, frozen=True):
     """Ports of the loopback interface; 0 lets the system choose, so that sites run side by side."""
 
     service: int = 0
+    hub_mqtt: int = 0
+    hub_https: int = 0
     proxy: int = 0
     broker: int = 0
     broker_websockets: int = 0
@@ -157,7 +159,8 @@ def check(settings: SiteSettings) -> None:
         )
     for name, port in msgspec.structs.asdict(settings.ports).items():
         if port not in _PORTS:
-            raise SiteConfigError(f"ports.{name} is a port number, not {port}")
+            key = name.replace("_", "-")
+            raise SiteConfigError(f"ports.{key} is a port number, not {port}")
     try:
         for device in (settings.device, *(one.id for one in settings.devices)):
             ClientId.parse(device)

@@ -48,13 +48,17 @@ class IotHub:
         clock: Clock | None = None,
         state_dir: Path | None = None,
         service_port: int = 0,
+        mqtt_port: int = 0,
+        https_port: int = 0,
     ) -> None:
-        """`service_port` is the port of the service side, 0 lets the system choose.
+        """`service_port` is the port of the service side, the others are those of devices; 0 lets
+        the system choose.
 
         Raises state.StateUnreadable when `state_dir` holds something else.
         """
         self._pki = pki
         self._service_port = service_port
+        self._wanted_mqtt_port, self._wanted_https_port = mqtt_port, https_port
         self._file = None if state_dir is None else state_dir / "hub.json"
         state = states.HubState() if self._file is None else states.load(self._file)
         self.core = Hub(host_name, state, clock or SystemClock(), self._state_changed)
@@ -171,10 +175,12 @@ class IotHub:
     async def start(self) -> None:
         """Raises OSError; nothing stays open then."""
         try:
+            if self._wanted_mqtt_port:
+                _check_free(self._wanted_mqtt_port)
             # A second, silent socket on the port keeps it ours while the hub is paused.
             self._reserved = socket.socket()
             self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            self._reserved.bind((_LOOPBACK, 0))
+            self._reserved.bind((_LOOPBACK, self._wanted_mqtt_port))
             await self.resume()
             await self._start_rest()
             await self._start_https()
@@ -201,7 +207,8 @@ class IotHub:
         )
         self._https = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
         await self._https.setup()
-        await web.TCPSite(self._https, _LOOPBACK, 0, ssl_context=self._device_tls()).start()
+        port, context = self._wanted_https_port, self._device_tls()
+        await web.TCPSite(self._https, _LOOPBACK, port, ssl_context=context).start()
 
     async def stop(self) -> None:
         await self.pause()
@@ -274,3 +281,14 @@ class IotHub:
             states.save(self._file, self.core.state)
         except OSError as error:
             _log.error("the hub's state is not saved: %s", error)
+
+
+def _check_free(port: int) -> None:
+    """Raises OSError: two hubs that both allow the port to be shared would share their devices."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_LOOPBACK, port))
+        except OSError as error:
+            why = f"port {port} cannot be had for devices: {error.strerror}"
+            raise OSError(error.errno, why) from error

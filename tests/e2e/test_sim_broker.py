@@ -255,7 +255,7 @@ def test_a_module_from_the_edge_environment(tmp_path: Path) -> None:
         ("[[broker.grants]]\ntopic = 'a/#/b'", "a/#/b"),
         ("[[broker.grants]]\ntopic = '#'\nuser = 'operater'", "no user 'operater'"),
         ("[[broker.grants]]\npublish = true", "topic"),
-        ("[ports]\nbroker-websockets = -1", "ports.broker_websockets"),
+        ("[ports]\nbroker-websockets = -1", "ports.broker-websockets"),
         ("edge-modules = ['a b']", "a b"),
         ("host-name = 'hüb.test'", "host-name"),
         ("host-name = ''", "host-name"),
@@ -287,6 +287,7 @@ def test_an_empty_access_list_grants_nothing_but_the_devices_own(tmp_path: Path)
         (("broker", "--dir", "damaged"), 1, "pki away"),
         (("hub", "--dir", "x" * 108, "--edge-module", "m"), 1, "shorter folder"),
         (("hub", "--edge-module", "a b"), 2, "a b"),
+        (("hub", "--config", "taken.toml"), 1, "cannot be had for devices"),
     ],
 )
 def test_what_cannot_start_says_why(
@@ -300,16 +301,43 @@ def test_what_cannot_start_says_why(
         file = tmp_path / "damaged" / "pki" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("-----BEGIN NOTHING-----")
-    done = subprocess.run(
+    with socket.socket() as other:
+        # As another hub has it.
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        (tmp_path / "taken.toml").write_text(f"[ports]\nhub-mqtt = {other.getsockname()[1]}\n")
+        done = run_sim(tmp_path, *words)
+    assert (done.returncode, why in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fixed_ports_of_the_hub(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "site.toml").write_text(f"[ports]\nhub-mqtt = {port}\n")
+    for _ in range(2):
+        with running(tmp_path, "hub", "--config", "site.toml") as about:
+            assert about["hub"]["mqttPort"] == port
+            trust = ssl.create_default_context(cafile=about["hub"]["caFile"])
+            for name in ("mqttPort", "httpsPort"):
+                address = ("127.0.0.1", about["hub"][name])
+                with (
+                    socket.create_connection(address, 10) as plain,
+                    trust.wrap_socket(plain, server_hostname=about["hub"]["hostName"]),
+                ):
+                    pass
+
+
+def run_sim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [*GATELET, "sim", *words],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert (done.returncode, why in done.stderr) == (code, True), done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_different_names_get_different_files(tmp_path: Path) -> None:
