@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -304,9 +303,7 @@ def _points(
 
 
 def _device(arguments: argparse.Namespace) -> Device:
-    import platform
-
-    from ..profile.report import Device
+    from ..profile.device import this_device
 
     board = ""
     if arguments.config.exists():
@@ -314,29 +311,7 @@ def _device(arguments: argparse.Namespace) -> Device:
 
         found = board_of(configuration(arguments))
         board = found.name if found is not None else ""
-    return Device(
-        name=platform.node() or "this device",
-        machine=platform.machine(),
-        processor=_processor(),
-        cores=os.cpu_count() or 1,
-        memory_in_gb=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        board=board,
-    )
-
-
-def _processor() -> str:
-    """The CPU's name (proc(5), cpuinfo: "model name" on x86, "Model" on some ARM boards)."""
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "Hardware") and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
+    return this_device(board)
 
 
 def _write(arguments: argparse.Namespace, report: Report) -> tuple[Path, Path]:
