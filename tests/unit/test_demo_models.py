@@ -9,7 +9,7 @@ from gatelet.accelerators.backend import LoadOptions
 from gatelet.accelerators.cpu import CpuBackend
 from gatelet.accelerators.errors import LoadError
 from gatelet.accelerators.fpga.bitfile import parse_bitfile
-from gatelet.accelerators.fpga.package import read_package
+from gatelet.accelerators.fpga.packages.overlay_json import read_overlay_json
 from gatelet.accelerators.fpga.wire import quantise
 from gatelet.modules.model_json import load_model
 from gatelet.modules.oci.build import build_model_image
@@ -36,7 +36,7 @@ def share_right(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def fabric_layers(version: str) -> tuple[DenseLayer, ...]:
     model = load_model(model_directory(version))
-    package = read_package(model_directory(version) / model.variants[1].path)
+    package = read_overlay_json(model_directory(version) / model.variants[1].path)
     return decode_network(parse_bitfile(package.bit.read_bytes()).data)
 
 
@@ -126,7 +126,7 @@ def test_int8_has_the_same_bits_at_every_optimisation_level_and_in_the_fabric(
     (scores,) = session.run(["scores"], {"x": images})
 
     layers = fabric_layers(version)
-    port = read_package(model_directory(version) / "overlays/pynq-z2").inputs[0]
+    port = read_overlay_json(model_directory(version) / "overlays/pynq-z2").inputs[0]
     items = run_network(layers, quantise(images, port.wire))
     np.testing.assert_array_equal(scores, items * np.float32(layers[-1].output_scale))
 
@@ -172,7 +172,7 @@ def test_overlays_are_two_bitstreams_for_the_board_that_model_json_names() -> No
     digests = set()
     for version in INT8:
         overlay = load_model(model_directory(version)).variants[1]
-        package = read_package(model_directory(version) / overlay.path)
+        package = read_overlay_json(model_directory(version) / overlay.path)
         assert (overlay.kind, package.board, package.part) == (
             "stream", overlay.board, overlay.part,
         )  # fmt: skip
