@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 TOTAL = 10_000
-FROM_GRAMMAR = 1_500
+FROM_GRAMMAR = 1_000
 MUTATED = TOTAL - FROM_GRAMMAR
 CPU_SECONDS = 0.05
 CODES = (400, 403, 412, 417)
