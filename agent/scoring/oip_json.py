@@ -20,7 +20,7 @@ from .errors import Code, ScoringError
 from .json_arrays import check_size, decode, json_values, parse_array
 from .oip_messages import Placement
 from .shared_memory import SharedMemory
-from .tensor_codec import decode_raw, encode_raw
+from .tensor_codec import check_shape, decode_raw, encode_raw
 from .types import InferenceRequest, InferenceResponse, Tensor
 
 _NOTHING = msgspec.Raw()
@@ -230,12 +230,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _decode_data(one: _Input, data: msgspec.Raw) -> Tensor:
     name, shape = one.name, tuple(one.shape)
-    if min(shape, default=0) < 0:
-        raise _invalid(f"tensor {name!r}: shape {list(shape)} must not have negative sizes")
+    count = check_shape(name, shape)
     array = parse_array(name, one.datatype, data, len(shape))
-    count = 1
-    for size in shape:
-        count *= size
     if array.size != count or (array.ndim > 1 and array.shape != shape):
         raise _invalid(
             f"tensor {name!r}: data has shape {list(array.shape)}, expected {list(shape)}"

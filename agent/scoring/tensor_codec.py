@@ -36,6 +36,7 @@ TYPED_FIELDS = {
 """datatype -> the list of InferTensorContents that carries it."""
 
 _MOST_DIMENSIONS = 32  # numpy's limit before version 2
+_MOST_ELEMENTS = 2**31
 _LENGTH = struct.Struct("<I")
 BF16 = "BF16"
 _BF16_BYTES = 2
@@ -127,11 +128,20 @@ def _layout(
         known = ", ".join((*NUMPY_DTYPES, BF16))
         raise _invalid(name, f"unknown datatype {datatype!r}, expected {known}")
     dimensions = tuple(shape)
+    return dtype, dimensions, check_shape(name, dimensions)
+
+
+def check_shape(name: str, dimensions: tuple[int, ...]) -> int:
+    """The number of elements. Raises ScoringError INVALID_ARGUMENT for what no array can have."""
     if len(dimensions) > _MOST_DIMENSIONS:
         raise _invalid(name, f"{len(dimensions)} dimensions, at most {_MOST_DIMENSIONS} are served")
     if min(dimensions, default=0) < 0:
         raise _invalid(name, f"shape {list(dimensions)} must not have negative sizes")
-    return dtype, dimensions, math.prod(dimensions)
+    count = math.prod(dimensions)
+    # Beside a size of 0 the others could be anything; without one the contents are too few.
+    if not count and math.prod(size or 1 for size in dimensions) > _MOST_ELEMENTS:
+        raise _invalid(name, f"shape {list(dimensions)} is too large")
+    return count
 
 
 def _split_bytes(name: str, raw: bytes, count: int) -> Array:
