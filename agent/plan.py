@@ -143,6 +143,9 @@ class _Planning:
         self.missing = {m.name for m in self.running if not self._is_here(m)}
         # Until all images are here, nothing that serves now is changed.
         self.frozen = wanted.update_mode == "WaitForAllPulls" and bool(self.missing)
+        # What is no longer wanted goes when it is certain that the new deployment can begin.
+        refused = any(module.refused for module in self.running)
+        self.holding = self.frozen or (fallback is not None and (bool(self.missing) or refused))
         self.at_goal = frozenset(m.name for m in wanted.modules if self._at_goal(m))
         self.steps: list[Step] = []
         self.stopped_by: list[Failure] = []
@@ -150,7 +153,7 @@ class _Planning:
         self.times: list[float] = []
 
     def plan(self) -> Plan:
-        if self.observed.engine == "up" and not self.missing:
+        if self.observed.engine == "up" and not self.missing and not self.holding:
             self._clear_away()
         for module in self.wanted.modules:
             if not module.running:
@@ -160,7 +163,7 @@ class _Planning:
             self._bring(module)
             self._run_container(module)
             self._serve(module)
-        if self.missing:
+        if self.missing or self.holding:
             self._keep_running()
         kept = self._keep_serving()
         self._route(kept)
@@ -373,7 +376,7 @@ class _Planning:
             and self._is_here(module)
             and (
                 module.options.endpoint in endpoints - ready
-                or (self.frozen and module.options.endpoint not in endpoints)
+                or (self.holding and module.options.endpoint not in endpoints)
             )
         ]
         for module in kept:
@@ -385,11 +388,13 @@ class _Planning:
         if not observed.scoring_up:
             return
         routes = wanted_routes(self.wanted, self.fallback, observed)
-        if self.frozen:
+        if self.holding:
             served = {route.endpoint for route in routes} | wanted_endpoints(self.wanted)
+            old = routes_of(self.fallback.modules) if self.fallback is not None else {}
+            present = {**old, **{route.endpoint: route for route in observed.routes}}
             stay = [
                 route
-                for route in observed.routes
+                for route in present.values()
                 if route.endpoint not in served
                 and all(
                     instance_state(observed, target.instance) == "ready" for target in route.targets
