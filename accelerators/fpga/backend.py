@@ -184,7 +184,7 @@ class FpgaSession:
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlineExceeded(f"{self._package.name}: the deadline had passed on arrival")
         try:
-            results = self._infer(handle, items, count, deadline)
+            results = self._infer(handle, items, deadline)
         except DeadlineExceeded as error:
             self._timeouts += 1
             if self._timeouts >= TOLERATED_TIMEOUTS:
@@ -235,13 +235,13 @@ class FpgaSession:
             },
             deadline=time.monotonic() + LOAD_SECONDS,
         )
-        handle = str(answer.header.get("handle"))
+        handle = str(answer.get("handle"))
         try:
             zeros = {
                 port.spec.name: np.zeros((1, port.wire.item_bytes), np.uint8)
                 for port in self._package.inputs
             }
-            self._infer(handle, zeros, 1, time.monotonic() + PROBE_SECONDS)
+            self._infer(handle, zeros, time.monotonic() + PROBE_SECONDS)
         except BackendError:
             self._unload(handle)
             raise
@@ -262,23 +262,21 @@ class FpgaSession:
                 )
 
     def _infer(
-        self, handle: str, items: Mapping[str, Bytes], count: int, deadline: float | None
+        self, handle: str, items: Mapping[str, Bytes], deadline: float | None
     ) -> dict[str, Bytes]:
-        milliseconds = None
+        margin = 0.0
         if deadline is not None:
             remaining = max(0.0, deadline - time.monotonic())
             margin = min(DEADLINE_MARGIN_SECONDS, remaining / 10)
-            milliseconds = round((remaining - margin) * 1000, 3)
-        answer = self._client.call(
-            {"op": "infer", "handle": handle, "deadlineMs": milliseconds}, items, deadline
+        ports = self._package.outputs
+        results = self._client.infer(
+            handle,
+            [items[port.spec.name] for port in self._package.inputs],
+            [port.wire.item_bytes for port in ports],
+            deadline,
+            margin=margin,
         )
-        results = {}
-        for port in self._package.outputs:
-            got = answer.tensors.get(port.spec.name)
-            if got is None or got.dtype != np.uint8 or got.shape != (count, port.wire.item_bytes):
-                raise FabricSick(f"{self._package.name}: the fabric process gave no such output")
-            results[port.spec.name] = got.view(np.uint8)
-        return results
+        return {port.spec.name: result for port, result in zip(ports, results, strict=True)}
 
     def _largest(self) -> int:
         package = self._package

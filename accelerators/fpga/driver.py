@@ -1,7 +1,7 @@
 """Moves items through overlays; every wait has an end.
 
-Runs in the fabric process, on one thread, on pynq's Overlay, MMIO and buffers. Not tried on a
-board; the register maps are those in `transports`.
+Runs in the fabric process, on one thread at a time, on pynq's Overlay, MMIO and buffers. Not tried
+on a board; the register maps are those in `transports`.
 """
 
 from __future__ import annotations
@@ -153,9 +153,15 @@ class FabricDriver:
             self._leave()
 
     def infer(
-        self, package: Package, items: Sequence[Bytes], deadline: float | None
-    ) -> tuple[Bytes, ...]:
+        self,
+        package: Package,
+        items: Sequence[Bytes],
+        deadline: float | None,
+        results: Sequence[Bytes] | None = None,
+    ) -> Sequence[Bytes]:
         """Send uint8 [n, item_bytes] per input, get the same per output; `deadline` is monotonic.
+
+        `results` are filled where given. Nothing waits for `items` or `results` once this returns.
 
         Raises DeadlineExceeded at the deadline, FabricSick when a core reports an error or a
         transfer hangs; either way the fabric is set right before the next transfer, or by
@@ -164,7 +170,8 @@ class FabricDriver:
         self._settle()
         active = self._in_fabric(package)
         count = len(items[0])
-        results = tuple(np.empty((count, slot.item_bytes), np.uint8) for slot in active.receives)
+        if results is None:
+            results = [np.empty((count, slot.item_bytes), np.uint8) for slot in active.receives]
         for start in range(0, count, active.chunk):
             part = slice(start, min(start + active.chunk, count))
             self._transfer(

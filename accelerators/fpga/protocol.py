@@ -1,34 +1,35 @@
-"""Frames between the scoring process and the fabric process over a Unix socket.
+"""Messages between the scoring process and the fabric process.
 
-A frame is a prefix (magic, header size, payload size: little-endian), a JSON header and the raw
-little-endian bytes of its tensors, in the order the header lists them. Requests carry "op", and
-every request gets one answer: "ok" true, or false with "code" and "message". Tensors of infer are
-items in wire format, uint8 [n, bytes per item] (see `package.Port`); moving them into shared memory
-later changes only this module. `kind`, `inputs` and `outputs` are those of model.json (or null).
+One packet of a Unix socket (SOCK_SEQPACKET) is one message, and every request gets one answer. What
+is rare is JSON: requests carry "op", answers "ok" true, or false with "code" and "message". `kind`,
+`inputs` and `outputs` are those of model.json (or null).
 
 ======== ===================================== ========================================
 op       request                               answer
 ======== ===================================== ========================================
 hello    client (an id shared by connections)  protocol, status
 load     directory, kind, inputs, outputs      handle
-infer    handle, deadlineMs (or null), tensors tensors
 unload   handle                                -
 status   -                                     status
 ======== ===================================== ========================================
+
+infer is an `Inference` in 40 bytes, answered by its first 4 or by an error in JSON. Its items, in
+wire format (see `package.Port`), lie in the connection's segment (`shared_memory`),
+whose descriptor comes with the first request that uses it. All that decides where the server reads
+and writes is in the message, never in the memory, which the client can change at any time.
 """
 
 from __future__ import annotations
 
+import array
 import json
-import math
+import os
 import socket
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ..errors import (
     BackendError,
@@ -37,18 +38,18 @@ from ..errors import (
     InvalidTensor,
     LoadError,
 )
-from ..tensors import NUMPY_DTYPES, Array, TensorSpec
+from ..tensors import NUMPY_DTYPES, TensorSpec
 from .package import Signature
 
-PROTOCOL_VERSION = 1
-MAGIC = b"GLF1"
-HEADER_LIMIT = 64 << 10
+PROTOCOL_VERSION = 2
+MESSAGE_LIMIT = 64 << 10
 PAYLOAD_LIMIT = 64 << 20
-_PREFIX = struct.Struct("<4sII")
-PREFIX_SIZE = _PREFIX.size
-_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int8", "uint8", "float32")}
-_MAX_DIMENSIONS = 8
+"""Bytes of all inputs, or of all outputs, of one request."""
+INFERRED = b"GLI2"
+_JSON = b"GLJ2"
+_INFERENCE = struct.Struct("<4s16sdIQ")
 _MAX_RANK = 16
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
 class ProtocolError(ValueError):
@@ -75,76 +76,49 @@ _CODES: dict[str, type[BackendError]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """A decoded frame. Tensors share the memory of the received payload."""
+class Inference:
+    """A request to compute `items` items with the package behind `handle` (16 bytes).
 
-    header: Mapping[str, Any]
-    tensors: Mapping[str, Array] = field(default_factory=dict)
+    `deadline` is on the machine's monotonic clock, which both processes share; infinite for none.
+    `nbytes` is how much of the segment the client laid its tensors out in.
+    """
 
+    handle: bytes
+    deadline: float
+    items: int
+    nbytes: int
 
-def encode_frame(header: Mapping[str, Any], tensors: Mapping[str, Array] | None = None) -> bytes:
-    """One frame. Raises ProtocolError when it would exceed a limit or has another dtype."""
-    listed = []
-    parts = []
-    for name, tensor in (tensors or {}).items():
-        if tensor.dtype.name not in _DTYPES:
-            raise ProtocolError(f"tensor {name}: dtype {tensor.dtype} is not sent")
-        listed.append({"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)})
-        parts.append(tensor.astype(_DTYPES[tensor.dtype.name], copy=False).tobytes())
-    text = json.dumps({**header, "tensors": listed}, separators=(",", ":")).encode()
-    size = sum(map(len, parts))
-    if len(text) > HEADER_LIMIT or size > PAYLOAD_LIMIT:
-        raise ProtocolError(f"a frame of {len(text)} + {size} bytes is over the limit")
-    return b"".join((_PREFIX.pack(MAGIC, len(text), size), text, *parts))
+    def encode(self) -> bytes:
+        return _INFERENCE.pack(INFERRED, self.handle, self.deadline, self.items, self.nbytes)
 
 
-def decode_prefix(prefix: bytes) -> tuple[int, int]:
-    """Sizes of header and payload, in bytes. Raises ProtocolError."""
-    magic, header, payload = _PREFIX.unpack(prefix)
-    if magic != MAGIC:
-        raise ProtocolError("not a frame of the fabric protocol")
-    if header > HEADER_LIMIT or payload > PAYLOAD_LIMIT:
-        raise ProtocolError(f"a frame of {header} + {payload} bytes is over the limit")
-    return header, payload
+Message = Inference | Mapping[str, Any]
 
 
-def decode_frame(text: bytes, payload: bytes | bytearray) -> Frame:
-    """Header and tensors of a frame. Raises ProtocolError."""
+def encode_message(header: Mapping[str, Any]) -> bytes:
+    """A message in JSON. Raises ProtocolError when it would exceed the limit."""
+    text = _JSON + json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > MESSAGE_LIMIT:
+        raise ProtocolError(f"a message of {len(text)} bytes is over the limit")
+    return text
+
+
+def decode_message(packet: bytes) -> Message:
+    """The message in a packet. Raises ProtocolError."""
+    if packet.startswith(INFERRED) and len(packet) == _INFERENCE.size:
+        _, handle, deadline, items, nbytes = _INFERENCE.unpack(packet)
+        if deadline != deadline:
+            raise ProtocolError("the deadline is not a number")
+        return Inference(handle, deadline, items, nbytes)
+    if not packet.startswith(_JSON):
+        raise ProtocolError("not a message of the fabric protocol")
     try:
-        header = json.loads(text)
+        header = json.loads(packet[len(_JSON) :])
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the header is not JSON ({error})") from error
-    if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
-        raise ProtocolError("the header is not an object with a list of tensors")
-    tensors: dict[str, Array] = {}
-    offset = 0
-    for entry in header.pop("tensors"):
-        name, dtype, shape = _described(entry)
-        count = math.prod(shape)
-        end = offset + count * dtype.itemsize
-        if end > len(payload) or name in tensors:
-            raise ProtocolError(f"tensor {name}: listed twice or longer than the payload")
-        array = np.frombuffer(payload, dtype, count, offset) if count else np.empty(0, dtype)
-        tensors[name] = array.reshape(shape)
-        offset = end
-    if offset != len(payload):
-        raise ProtocolError(f"{len(payload) - offset} bytes of payload belong to no tensor")
-    return Frame(header, tensors)
-
-
-def _described(entry: Any) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
-    if not isinstance(entry, dict):
-        raise ProtocolError("a tensor is described by an object")
-    name, dtype, shape = entry.get("name"), entry.get("dtype"), entry.get("shape")
-    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ProtocolError(f"tensor {name!r}: dtype {dtype!r} is not known")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MAX_DIMENSIONS
-        or not all(type(size) is int and 0 <= size <= PAYLOAD_LIMIT for size in shape)
-    ):
-        raise ProtocolError(f"tensor {name}: bad shape")
-    return name, _DTYPES[dtype], tuple(shape)
+        raise ProtocolError(f"the message is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ProtocolError("the message is not an object")
+    return header
 
 
 def error_header(error: BackendError) -> dict[str, Any]:
@@ -192,43 +166,46 @@ def signature_in(header: Mapping[str, Any]) -> Signature:
     return Signature(*sides)
 
 
-def send_frame(
-    connection: socket.socket, header: Mapping[str, Any], tensors: Mapping[str, Array] | None = None
-) -> None:
-    """Send one frame. Raises OSError (TimeoutError when the socket has a timeout)."""
-    connection.sendall(encode_frame(header, tensors))
+def send_packet(connection: socket.socket, packet: bytes, descriptor: int | None = None) -> None:
+    """Send one packet, with a file descriptor where given. Raises OSError."""
+    if descriptor is None:
+        connection.send(packet)
+    else:
+        socket.send_fds(connection, [packet], [descriptor])
 
 
-def receive_frame(connection: socket.socket, deadline: float | None = None) -> Frame | None:
-    """The next frame, None at a clean end; waits until `deadline` (monotonic) at most.
+def receive_packet(connection: socket.socket, deadline: float | None = None) -> bytes | None:
+    """The next packet, None at the end; waits until `deadline` (monotonic) at most.
 
     Raises TimeoutError, another OSError, or ProtocolError.
     """
-    prefix = _receive(connection, PREFIX_SIZE, deadline)
-    if prefix is None:
+    if deadline is not None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        connection.settimeout(remaining)
+    packet = connection.recv(MESSAGE_LIMIT + 1)
+    if len(packet) > MESSAGE_LIMIT:
+        raise ProtocolError("a message is over the limit")
+    return packet or None
+
+
+def receive_request(connection: socket.socket) -> tuple[bytes, int | None] | None:
+    """The next packet and the descriptor that came with it, which is the caller's to close.
+
+    None at the end. Raises OSError or ProtocolError.
+    """
+    packet, ancillary, flags, _ = connection.recvmsg(
+        MESSAGE_LIMIT, _DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) > 1:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ProtocolError("a message is over the limit, or carries several descriptors")
+    if not packet and not descriptors:
         return None
-    header_size, payload_size = decode_prefix(bytes(prefix))
-    header = _receive(connection, header_size, deadline)
-    payload = _receive(connection, payload_size, deadline)
-    if header is None or payload is None:
-        raise ConnectionResetError("the connection ended within a frame")
-    return decode_frame(bytes(header), payload)
-
-
-def _receive(connection: socket.socket, size: int, deadline: float | None) -> bytearray | None:
-    buffer = bytearray(size)
-    view = memoryview(buffer)
-    have = 0
-    while have < size:
-        if deadline is not None:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            connection.settimeout(remaining)
-        count = connection.recv_into(view[have:])
-        if count == 0:
-            if have:
-                raise ConnectionResetError("the connection ended within a frame")
-            return None
-        have += count
-    return buffer
+    return packet, descriptors[0] if descriptors else None

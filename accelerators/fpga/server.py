@@ -1,24 +1,23 @@
-"""Serves the fabric protocol: one thread owns pynq, one thread per connection queues for it.
+"""Serves the fabric protocol: one thread per connection, which has the fabric when it is its turn.
 
-A connection's thread answers by the deadline of its request, whether the work is done or not.
+There is no thread in between, whose wake-up would cost more than a transfer. What waits for its
+turn is answered by its deadline; what is being done ends by it, or by the driver's own limit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-import queue
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..errors import (
     BackendError,
@@ -27,41 +26,32 @@ from ..errors import (
     InvalidTensor,
     LoadError,
 )
-from ..tensors import Array
 from .board import Board
 from .driver import FabricDriver
 from .package import Package
 from .packages import probe
-from .packing import Bytes
 from .protocol import (
+    INFERRED,
     PROTOCOL_VERSION,
-    Frame,
+    Inference,
+    Message,
     ProtocolError,
     UnknownHandle,
+    decode_message,
+    encode_message,
     error_header,
-    receive_frame,
-    send_frame,
+    receive_request,
     signature_in,
 )
+from .shared_memory import Segment, lay_out, open_segment
 
 _LOG = logging.getLogger(__name__)
 
 QUEUE_LIMIT = 64
-SEND_SECONDS = 5.0
+CONNECTION_LIMIT = 64
 LOAD_SECONDS = 30.0
 
-Answer = tuple[dict[str, Any], dict[str, Array]]
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """Work for the thread that owns pynq."""
-
-    work: Callable[[], Answer]
-    deadline: float | None
-    done: threading.Event = field(default_factory=threading.Event)
-    answer: Answer | None = None
-    error: BackendError | None = None
+Header = dict[str, Any]
 
 
 @dataclass(eq=False, slots=True)
@@ -72,10 +62,20 @@ class _Client:
     packages: dict[str, Package] = field(default_factory=dict)
 
 
+@dataclass(eq=False, slots=True)
+class _Connection:
+    """One connection: whose it is, and the memory it shares with us."""
+
+    socket: socket.socket
+    client_id: str | None = None
+    segment: Segment | None = None
+    hurt: bool = False
+
+
 class FabricServer:
     """Serves the fabric protocol on a Unix socket from a `driver` that has been opened.
 
-    `stuck_after` is how long (seconds) one piece of work may keep the pynq thread before
+    `stuck_after` is how long (seconds) one piece of work may keep the turn before
     `stuck` says so: a bus access that never returns can only be ended with the process.
     """
 
@@ -94,7 +94,8 @@ class FabricServer:
         self._stuck_after = stuck_after
         self._monotonic = monotonic
         self._started = monotonic()
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUE_LIMIT)
+        self._turn = threading.Lock()
+        self._waiting = 0
         self._busy_since: float | None = None
         self._guard = threading.Lock()
         self._connections: set[socket.socket] = set()
@@ -102,14 +103,14 @@ class FabricServer:
         self._requests = self._expired = 0
         self._closing = threading.Event()
         self._listener: socket.socket | None = None
-        self._threads: list[threading.Thread] = []
+        self._acceptor: threading.Thread | None = None
 
     def start(self) -> None:
         """Listen and serve in the background. Raises OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # The lock on the fabric is held, so whoever left this socket behind is gone.
         self._path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             listener.bind(str(self._path))
             self._path.chmod(0o660)
@@ -118,10 +119,8 @@ class FabricServer:
             listener.close()
             raise
         self._listener = listener
-        for name, target in (("fabric-pynq", self._work), ("fabric-accept", self._accept)):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._acceptor = threading.Thread(target=self._accept, name="fabric-accept", daemon=True)
+        self._acceptor.start()
 
     def stop(self) -> None:
         """Stop serving and close the driver. Idempotent."""
@@ -138,9 +137,11 @@ class FabricServer:
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        self._jobs.put(None)
-        for thread in self._threads:
-            thread.join(timeout=5.0)
+        if self._acceptor is not None:
+            self._acceptor.join(timeout=5.0)
+        # Whoever has the fabric ends by itself; nobody gets it after us.
+        if self._turn.acquire(timeout=5.0):
+            self._driver.close()
         self._path.unlink(missing_ok=True)
 
     @property
@@ -162,55 +163,46 @@ class FabricServer:
             "replaced": counters["replaced"],
             "requests": self._requests,
             "expired": self._expired,
-            "queued": self._jobs.qsize(),
+            "queued": self._waiting,
             "uptimeSeconds": round(self._monotonic() - self._started, 3),
             "pid": os.getpid(),
         }
 
-    # The thread that owns pynq.
+    # The turn.
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if job.deadline is not None and self._monotonic() >= job.deadline:
+    @contextlib.contextmanager
+    def _fabric(self, deadline: float) -> Iterator[FabricDriver]:
+        """The driver, for as long as the block runs. Raises when that is not so by `deadline`."""
+        with self._guard:
+            if self._waiting >= QUEUE_LIMIT:
+                raise BackendUnavailable(f"{QUEUE_LIMIT} requests wait for the fabric already")
+            self._waiting += 1
+        try:
+            remaining = min(deadline - self._monotonic(), threading.TIMEOUT_MAX)
+            if remaining <= 0 or not self._turn.acquire(timeout=remaining):
                 self._expired += 1
-                job.error = DeadlineExceeded("the deadline passed while the request was queued")
-                job.done.set()
-                continue
-            self._busy_since = self._monotonic()
-            try:
-                job.answer = job.work()
-            except BackendError as error:
-                job.error = error
-            except Exception as error:  # noqa: BLE001 - a fault of one request must not end this thread
-                _LOG.exception("request failed")
-                job.error = BackendUnavailable(f"the fabric process failed: {error!r}")
-            job.done.set()
-            if job.error is not None:
-                self._recover()
+                raise DeadlineExceeded("the deadline passed while the request was queued")
+        finally:
+            with self._guard:
+                self._waiting -= 1
+        self._busy_since = self._monotonic()
+        try:
+            yield self._driver
+        except BackendError:
+            raise
+        except Exception as error:
+            _LOG.exception("request failed")
+            raise BackendUnavailable(f"the fabric process failed: {error!r}") from error
+        finally:
             self._busy_since = None
-        self._driver.close()
+            self._turn.release()
 
     def _recover(self) -> None:
         try:
-            self._driver.recover()
+            with self._fabric(math.inf) as driver:
+                driver.recover()
         except BackendError as error:
             _LOG.warning("the fabric did not recover: %s", error)
-
-    def _run(self, work: Callable[[], Answer], deadline: float | None) -> Answer:
-        job = _Job(work, deadline)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise BackendUnavailable(
-                f"{QUEUE_LIMIT} requests wait for the fabric already"
-            ) from None
-        remaining = None if deadline is None else max(0.0, deadline - self._monotonic())
-        if not job.done.wait(remaining):
-            raise DeadlineExceeded("the fabric did not answer within the deadline")
-        if job.error is not None:
-            raise job.error
-        assert job.answer is not None
-        return job.answer
 
     # One thread per connection.
 
@@ -226,36 +218,51 @@ class FabricServer:
                 if self._closing.is_set():
                     connection.close()
                     return
+                if len(self._connections) >= CONNECTION_LIMIT:
+                    _LOG.warning("a connection was refused: there are %d", CONNECTION_LIMIT)
+                    connection.close()
+                    continue
                 self._connections.add(connection)
             threading.Thread(
-                target=self._serve, args=(connection,), name="fabric-connection", daemon=True
-            ).start()
+                target=self._serve, args=(_Connection(connection),), name="fabric-connection",
+                daemon=True,
+            ).start()  # fmt: skip
 
-    def _serve(self, connection: socket.socket) -> None:
-        client_id: str | None = None
+    def _serve(self, connection: _Connection) -> None:
+        sock = connection.socket
         try:
             # Reads wait as long as the client is silent; the kernel ends them when it goes.
-            while (frame := receive_frame(connection)) is not None:
-                if client_id is None:
-                    client_id = self._enter(frame)
-                header, tensors = self._answer(client_id, frame)
-                connection.settimeout(SEND_SECONDS)
-                send_frame(connection, header, tensors)
-                connection.settimeout(None)
+            while (request := receive_request(sock)) is not None:
+                packet, descriptor = request
+                if descriptor is not None:
+                    try:
+                        connection.segment = open_segment(descriptor)
+                    finally:
+                        os.close(descriptor)
+                # A client that reads no answers is not waited for.
+                sock.send(self._answer(connection, decode_message(packet)), socket.MSG_DONTWAIT)
+                if connection.hurt:
+                    connection.hurt = False
+                    self._recover()
         except ProtocolError as error:
             _LOG.warning("a client broke the protocol: %s", error)
         except OSError as error:
             _LOG.debug("connection ended: %s", error)
         finally:
             with self._guard:
-                self._connections.discard(connection)
-            connection.close()
-            if client_id is not None:
-                self._leave(client_id)
+                self._connections.discard(sock)
+            sock.close()
+            if connection.client_id is not None:
+                self._leave(connection.client_id)
 
-    def _enter(self, frame: Frame) -> str:
-        client = frame.header.get("client")
-        if frame.header.get("op") != "hello" or not isinstance(client, str) or len(client) > 128:
+    def _enter(self, message: Message) -> str:
+        client = None if isinstance(message, Inference) else message.get("client")
+        if (
+            isinstance(message, Inference)
+            or message.get("op") != "hello"
+            or not isinstance(client, str)
+            or len(client) > 128
+        ):
             raise ProtocolError("the first request has to be hello with a client id")
         with self._guard:
             self._clients.setdefault(client, _Client()).connections += 1
@@ -274,61 +281,76 @@ class FabricServer:
                 with contextlib.suppress(BackendError):
                     self._unload(client, handle)
 
-    def _answer(self, client_id: str, frame: Frame) -> Answer:
-        operations: dict[str, Callable[[_Client, Frame], Answer]] = {
-            "hello": self._hello,
-            "status": self._hello,
-            "load": self._load,
-            "infer": self._infer,
-            "unload": lambda client, frame: self._unload(client, _handle(frame.header)),
-        }
-        operation = operations.get(str(frame.header.get("op")))
+    def _answer(self, connection: _Connection, message: Message) -> bytes:
+        if connection.client_id is None:
+            connection.client_id = self._enter(message)
+        client = self._clients[connection.client_id]
         try:
-            if operation is None:
-                raise BackendError(f"unknown request {frame.header.get('op')!r}")
-            return operation(self._clients[client_id], frame)
+            if isinstance(message, Inference):
+                self._infer(client, connection, message)
+                return INFERRED
+            return encode_message(self._operate(client, message))
         except BackendError as error:
-            return error_header(error), {}
+            return encode_message(error_header(error))
 
-    def _hello(self, _client: _Client, _frame: Frame) -> Answer:
-        return {"ok": True, "protocol": PROTOCOL_VERSION, "status": self.status()}, {}
+    def _operate(self, client: _Client, message: Mapping[str, Any]) -> Header:
+        operation = message.get("op")
+        if operation in ("hello", "status"):
+            return {"ok": True, "protocol": PROTOCOL_VERSION, "status": self.status()}
+        if operation == "load":
+            return self._load(client, message)
+        if operation == "unload":
+            self._unload(client, str(message.get("handle")))
+            return {"ok": True}
+        raise BackendError(f"unknown request {operation!r}")
 
-    def _load(self, client: _Client, frame: Frame) -> Answer:
-        directory = frame.header.get("directory")
+    def _load(self, client: _Client, message: Mapping[str, Any]) -> Header:
+        directory = message.get("directory")
         if not isinstance(directory, str) or not Path(directory).is_absolute():
             raise LoadError("load needs the absolute path of a package directory")
-        kind = frame.header.get("kind")
+        kind = message.get("kind")
         package = probe(
-            Path(directory), signature_in(frame.header), kind if isinstance(kind, str) else None
+            Path(directory), signature_in(message), kind if isinstance(kind, str) else None
         )
-
-        def work() -> Answer:
-            self._driver.load(package)
-            return {"ok": True}, {}
-
-        self._run(work, self._monotonic() + LOAD_SECONDS)
+        with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
+            driver.load(package)
         # Unique beyond this process: a client may still unload what it had from the one before.
         handle = uuid.uuid4().hex
         with self._guard:
             client.packages[handle] = package
-        return {"ok": True, "handle": handle}, {}
+        return {"ok": True, "handle": handle}
 
-    def _infer(self, client: _Client, frame: Frame) -> Answer:
-        package = client.packages.get(_handle(frame.header))
+    def _infer(self, client: _Client, connection: _Connection, request: Inference) -> None:
+        package = client.packages.get(request.handle.hex())
         if package is None:
             raise UnknownHandle("this package is not loaded here (any more)")
-        items = _items(package, frame.tensors)
-        deadline = _deadline(frame.header, self._monotonic())
+        segment = connection.segment
+        layout = lay_out(
+            tuple([port.wire.item_bytes for port in package.inputs]),
+            tuple([port.wire.item_bytes for port in package.outputs]),
+            request.items,
+        )
+        if (
+            segment is None
+            or layout is None
+            or layout.nbytes != request.nbytes
+            or layout.nbytes > segment.size
+        ):
+            raise InvalidTensor(
+                f"{package.name}: {request.items} items in {request.nbytes} bytes of shared memory "
+                "is not what the package takes"
+            )
         self._requests += 1
+        items = [segment.view(place) for place in layout.inputs]
+        results = [segment.view(place) for place in layout.outputs]
+        with self._fabric(request.deadline) as driver:
+            try:
+                driver.infer(package, items, request.deadline, results)
+            except BaseException:
+                connection.hurt = True
+                raise
 
-        def work() -> Answer:
-            results = self._driver.infer(package, items, deadline)
-            names = (port.spec.name for port in package.outputs)
-            return {"ok": True}, dict(zip(names, results, strict=True))
-
-        return self._run(work, deadline)
-
-    def _unload(self, client: _Client, handle: str) -> Answer:
+    def _unload(self, client: _Client, handle: str) -> None:
         with self._guard:
             package = client.packages.pop(handle, None)
             shared = package is not None and any(
@@ -337,42 +359,5 @@ class FabricServer:
                 for other in holder.packages.values()
             )
         if package is not None and not shared:
-            dropped = package
-
-            def work() -> Answer:
-                self._driver.unload(dropped)
-                return {"ok": True}, {}
-
-            return self._run(work, self._monotonic() + LOAD_SECONDS)
-        return {"ok": True}, {}
-
-
-def _handle(header: Mapping[str, Any]) -> str:
-    return str(header.get("handle"))
-
-
-def _deadline(header: Mapping[str, Any], now: float) -> float | None:
-    milliseconds = header.get("deadlineMs")
-    if milliseconds is None:
-        return None
-    if isinstance(milliseconds, bool) or not isinstance(milliseconds, (int, float)):
-        raise BackendError("deadlineMs must be a number of milliseconds")
-    return now + milliseconds / 1000
-
-
-def _items(package: Package, tensors: Mapping[str, Array]) -> list[Bytes]:
-    if set(tensors) != {port.spec.name for port in package.inputs}:
-        names = ", ".join(port.spec.name for port in package.inputs)
-        raise InvalidTensor(f"{package.name} takes {names}")
-    items = []
-    for port in package.inputs:
-        tensor, size = tensors[port.spec.name], port.wire.item_bytes
-        if tensor.dtype != np.uint8 or tensor.ndim != 2 or tensor.shape[1] != size:
-            raise InvalidTensor(
-                f"{port.spec.name} must be uint8 [n, {size}] on the wire, not "
-                f"{tensor.dtype} {list(tensor.shape)}"
-            )
-        items.append(tensor.view(np.uint8))
-    if len({len(item) for item in items}) != 1:
-        raise InvalidTensor(f"{package.name}: inputs have unequal numbers of items")
-    return items
+            with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
+                driver.unload(package)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import signal
 import socket
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ from gatelet.accelerators.fpga.backend import FpgaBackend, FpgaSession
 from gatelet.accelerators.fpga.client import FabricClient
 from gatelet.accelerators.fpga.machine import take_lock
 from gatelet.accelerators.fpga.packages.overlay_json import read_overlay_json
+from gatelet.accelerators.fpga.protocol import (
+    INFERRED,
+    Inference,
+    decode_message,
+    encode_message,
+    send_packet,
+)
+from gatelet.accelerators.fpga.shared_memory import lay_out, make_segment
 from gatelet.accelerators.fpga.wire import dequantise, quantise
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
@@ -129,7 +138,7 @@ class Site:
     def status(self) -> dict[str, Any]:
         client = FabricClient(self.socket)
         try:
-            return client.call({"op": "status"}).header["status"]
+            return client.call({"op": "status"})["status"]
         finally:
             client.close()
 
@@ -338,16 +347,138 @@ def test_a_dma_error_puts_the_session_out_of_use_until_a_probe_passes(running: S
     running.check(session, 1)
 
 
+def connected(site: Site, *packets: bytes) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(5)
+    connection.connect(str(site.socket))
+    for packet in packets:
+        connection.sendall(packet)
+    return connection
+
+
+def is_ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1 << 16) == b""
+    except ConnectionResetError:
+        return True
+
+
 def test_hostile_bytes_end_only_their_own_connection(running: Site) -> None:
     session = running.load(1)
-    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"GLF1" + b"\xff" * 8, b"GLF1"):
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as hostile:
-            hostile.connect(str(running.socket))
-            hostile.sendall(junk)
-            hostile.shutdown(socket.SHUT_WR)
-            hostile.settimeout(5)
-            with contextlib.suppress(ConnectionResetError):
-                assert hostile.recv(1) == b""
+    for junk in (
+        b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"GLI2", b"GLJ2", b"GLJ2[]", bytes(100_000),
+        Inference(bytes(16), 0.0, 1, 64).encode(),
+    ):  # fmt: skip
+        with connected(running, junk) as hostile:
+            assert is_ended(hostile)
+    running.check(session, 1)
+
+
+HELLO = encode_message({"op": "hello", "client": "hostile"})
+
+
+def loaded_by_hand(site: Site) -> tuple[socket.socket, bytes]:
+    load = {"op": "load", "directory": str(site.root / "p1"), "kind": "stream"}
+    connection = connected(site, HELLO)
+    assert connection.recv(1 << 16)
+    connection.sendall(encode_message(load))
+    answer = decode_message(connection.recv(1 << 16))
+    assert not isinstance(answer, Inference)
+    return connection, bytes.fromhex(answer["handle"])
+
+
+def test_a_request_that_lies_about_its_memory_reaches_no_memory(running: Site) -> None:
+    session = running.load(1)
+    connection, handle = loaded_by_hand(running)
+    layout = lay_out((16,), (6,), 2)
+    assert layout is not None
+    _, descriptor = make_segment(layout.nbytes)
+    honest = Inference(handle, math.inf, 2, layout.nbytes)
+    with connection:
+        connection.send(honest.encode())
+        assert b"INVALID" in connection.recv(1 << 16), "there is no memory yet"
+        send_packet(connection, honest.encode(), descriptor)
+        assert connection.recv(1 << 16) == INFERRED
+        for lie in (
+            replace(honest, items=5),
+            replace(honest, nbytes=2**63),
+            replace(honest, items=2**32 - 1, nbytes=0),
+            replace(honest, items=100_000, nbytes=lay_out((16,), (6,), 100_000).nbytes),
+        ):
+            connection.send(lie.encode())
+            assert b"INVALID" in connection.recv(1 << 16)
+        connection.send(replace(honest, handle=bytes(16)).encode())
+        assert b"UNKNOWN_HANDLE" in connection.recv(1 << 16)
+        connection.send(honest.encode())
+        assert connection.recv(1 << 16) == INFERRED
+    os.close(descriptor)
+    running.check(session, 1)
+
+
+def test_memory_that_is_not_sealed_ends_the_connection(running: Site) -> None:
+    connection, handle = loaded_by_hand(running)
+    descriptor = os.memfd_create("hostile")
+    os.ftruncate(descriptor, 4096)
+    with connection:
+        send_packet(connection, Inference(handle, math.inf, 1, 128).encode(), descriptor)
+        assert is_ended(connection)
+    os.close(descriptor)
+    running.check(running.load(1), 1)
+
+
+def mapped(site: Site) -> int:
+    assert site.process is not None
+    maps = Path(f"/proc/{site.process.pid}/maps").read_text()
+    return sum("memfd:gatelet-fabric" in line for line in maps.splitlines())
+
+
+def test_a_client_that_dies_leaves_nothing_mapped(running: Site) -> None:
+    session = running.load(1)
+    running.check(session, 1)
+    before = mapped(running)
+    assert before == 1
+    code = (
+        "import os, sys, time, numpy as np\n"
+        "from pathlib import Path\n"
+        "from gatelet.accelerators.fpga.client import FabricClient\n"
+        "client = FabricClient(Path(sys.argv[1]))\n"
+        "load = {'op': 'load', 'directory': sys.argv[2], 'kind': 'stream'}\n"
+        "handle = client.call(load)['handle']\n"
+        "print(len(client.infer(handle, [np.zeros((5, 16), np.uint8)], [6])[0]), flush=True)\n"
+        "while True: client.infer(handle, [np.zeros((5, 16), np.uint8)], [6])"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(running.socket), str(running.root / "p2")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "5\n"
+        assert mapped(running) == before + 1
+        other.kill()
+    until(lambda: mapped(running) == before)
+    running.check(session, 1)
+
+
+def test_the_memory_of_a_large_batch_goes_again(running: Site) -> None:
+    session = running.load(1)
+    for count in (5, 200_000, 600_000, 5):
+        x = np.zeros((count, 16), np.float32)
+        assert len(session.run({"x": x}, deadline=time.monotonic() + 20)["y"]) == count
+    until(lambda: mapped(running) == 1)
+
+
+def test_a_stopped_process_costs_the_deadline_and_no_more(running: Site) -> None:
+    session = running.load(1)
+    assert running.process is not None
+    running.process.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            session.run({"x": batch(1)}, deadline=started + 0.1)
+        assert time.monotonic() - started < 0.5
+    finally:
+        running.process.send_signal(signal.SIGCONT)
     running.check(session, 1)
 
 

@@ -1,10 +1,14 @@
-"""Frames of the fabric protocol: round trip, limits, and hostile bytes."""
+"""Messages and shared memory of the fabric protocol: round trip, limits, and hostile bytes."""
 
 from __future__ import annotations
 
-import json
+import fcntl
+import math
+import os
 import socket
+import tempfile
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,90 +22,200 @@ from gatelet.accelerators.errors import (
 from gatelet.accelerators.fpga import protocol
 from gatelet.accelerators.fpga.protocol import (
     FabricSick,
+    Inference,
     ProtocolError,
     UnknownHandle,
-    decode_frame,
-    decode_prefix,
-    encode_frame,
+    decode_message,
+    encode_message,
     error_header,
     raise_for,
-    receive_frame,
+    receive_packet,
+    receive_request,
+    send_packet,
+)
+from gatelet.accelerators.fpga.shared_memory import (
+    SEGMENT_LIMIT,
+    lay_out,
+    make_segment,
+    open_segment,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-TENSORS = st.dictionaries(
-    st.text(max_size=8),
-    st.sampled_from([np.int8, np.uint8, np.float32]).flatmap(
-        lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0))
-    ),
-    max_size=3,
-)
 HEADERS = st.dictionaries(
-    st.text(max_size=8).filter(lambda key: key != "tensors"),
+    st.text(max_size=8),
     st.none() | st.booleans() | st.integers(-(2**50), 2**50) | st.text(max_size=20),
     max_size=4,
 )
+INFERENCES = st.builds(
+    Inference,
+    st.binary(min_size=16, max_size=16),
+    st.floats(allow_nan=False),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+)
+SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=4).map(tuple)
 
 
-@given(HEADERS, TENSORS)
-def test_frames_round_trip(header: dict, tensors: dict[str, np.ndarray]) -> None:
-    raw = encode_frame(header, tensors)
-    size, payload = decode_prefix(raw[: protocol.PREFIX_SIZE])
-    body = raw[protocol.PREFIX_SIZE :]
-    assert len(body) == size + payload
-    frame = decode_frame(body[:size], body[size:])
-    assert frame.header == header
-    assert list(frame.tensors) == list(tensors)
-    for name, tensor in tensors.items():
-        assert frame.tensors[name].dtype == tensor.dtype
-        assert frame.tensors[name].shape == tensor.shape
-        assert frame.tensors[name].tobytes() == tensor.tobytes()
+@given(HEADERS)
+def test_json_messages_round_trip(header: dict) -> None:
+    assert decode_message(encode_message(header)) == header
 
 
-@given(st.binary(max_size=200), st.binary(max_size=50))
-def test_arbitrary_bytes_are_a_protocol_error_or_a_frame(text: bytes, payload: bytes) -> None:
+@given(INFERENCES)
+def test_inferences_round_trip(request: Inference) -> None:
+    assert decode_message(request.encode()) == request
+
+
+@given(
+    st.binary(max_size=200)
+    | st.binary(max_size=200).map(lambda b: b"GLJ2" + b)
+    | st.binary(min_size=36, max_size=36).map(lambda b: b"GLI2" + b)
+)
+def test_arbitrary_bytes_are_a_protocol_error_or_a_message(packet: bytes) -> None:
     try:
-        decode_frame(text, payload)
+        message = decode_message(packet)
     except ProtocolError:
         return
-    assert json.loads(text)["tensors"] is not None
+    assert isinstance(message, (Inference, dict))
+
+
+def test_no_deadline_is_not_not_a_number() -> None:
+    endless = Inference(bytes(16), math.inf, 1, 64)
+    assert decode_message(endless.encode()) == endless
+    with pytest.raises(ProtocolError, match="deadline"):
+        decode_message(Inference(bytes(16), math.nan, 1, 64).encode())
+
+
+@given(SIZES, SIZES, st.integers(0, 3000))
+def test_tensors_in_a_segment_do_not_overlap(
+    inputs: tuple[int, ...], outputs: tuple[int, ...], items: int
+) -> None:
+    layout = lay_out(inputs, outputs, items)
+    assert layout is not None
+    places = (*layout.inputs, *layout.outputs)
+    assert [place.item_bytes for place in places] == [*inputs, *outputs]
+    ends = [place.offset + place.items * place.item_bytes for place in places]
+    assert all(end <= after.offset for end, (_, after) in zip(ends, pairwise(places), strict=False))
+    assert ends[-1] <= layout.nbytes
+    assert all(place.offset % 64 == 0 for place in places)
+
+
+def test_too_many_items_have_no_layout() -> None:
+    limit = protocol.PAYLOAD_LIMIT
+    largest = lay_out((limit,), (limit,), 1)
+    assert largest is not None
+    assert largest.nbytes <= SEGMENT_LIMIT
+    assert lay_out((limit + 1,), (1,), 1) is None
+    assert lay_out((1,), (limit // 2, limit // 2), 2) is None
+    assert lay_out((4,), (4,), 2**32 - 1) is None
+
+
+def test_what_one_side_writes_the_other_reads() -> None:
+    layout = lay_out((3, 5), (7,), 11)
+    assert layout is not None
+    ours, descriptor = make_segment(layout.nbytes)
+    try:
+        theirs = open_segment(descriptor)
+    finally:
+        os.close(descriptor)
+    rng = np.random.default_rng(0)
+    for one, other, places in (
+        (ours, theirs, layout.inputs),
+        (theirs, ours, layout.outputs),
+    ):
+        for place in places:
+            data = rng.integers(0, 256, (place.items, place.item_bytes)).astype(np.uint8)
+            one.view(place)[:] = data
+            np.testing.assert_array_equal(other.view(place), data)
+
+
+def test_a_segment_cannot_be_made_smaller() -> None:
+    _, descriptor = make_segment(1 << 20)
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, 1 << 21)
+    finally:
+        os.close(descriptor)
+
+
+def _memfd(size: int, seals: int) -> int:
+    descriptor = os.memfd_create("hostile", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+FIXED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 @pytest.mark.parametrize(
-    "tensors",
+    ("size", "seals"),
     [
-        [1],
-        [{"name": "x", "dtype": "object", "shape": [1]}],
-        [{"name": "x", "dtype": "int8", "shape": [-1]}],
-        [{"name": "x", "dtype": "int8", "shape": [5]}],
-        [{"name": "x", "dtype": "int8", "shape": [True, 4]}],
-        [{"name": "x", "dtype": "int8", "shape": [2**40, 2**40]}],
-        [{"name": "x", "dtype": "int8", "shape": [1] * 9}],
-        [
-            {"name": "x", "dtype": "int8", "shape": [2]},
-            {"name": "x", "dtype": "int8", "shape": [2]},
-        ],
-        [],
+        (4096, 0),
+        (4096, fcntl.F_SEAL_GROW),
+        (4096, fcntl.F_SEAL_SHRINK),
+        (4096, FIXED | fcntl.F_SEAL_WRITE),
+        (0, FIXED),
+        (SEGMENT_LIMIT + 4096, FIXED),
     ],
 )
-def test_a_lying_header_is_refused(tensors: list) -> None:
-    with pytest.raises(ProtocolError):
-        decode_frame(json.dumps({"tensors": tensors}).encode(), b"abcd")
+def test_memory_that_could_change_under_the_server_is_refused(size: int, seals: int) -> None:
+    descriptor = _memfd(size, seals)
+    try:
+        with pytest.raises(ProtocolError):
+            open_segment(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def test_sizes_over_the_limit_are_refused_before_reading() -> None:
+def test_descriptors_that_are_no_memory_are_refused() -> None:
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        file.truncate(4096)
+        try:
+            for descriptor in (reading, writing, file.fileno()):
+                with pytest.raises(ProtocolError):
+                    open_segment(descriptor)
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+
+def _open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_descriptors_too_many_are_refused_and_closed() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other, tempfile.TemporaryFile() as file:
+        before = _open()
+        for count in (2, 3, 50):
+            socket.send_fds(other, [b"GLJ2{}"], [file.fileno()] * count)
+            with pytest.raises(ProtocolError):
+                receive_request(one)
+            assert _open() == before
+        send_packet(other, b"x", file.fileno())
+        request = receive_request(one)
+        assert request is not None
+        packet, descriptor = request
+        assert packet == b"x"
+        assert descriptor is not None
+        assert not os.get_inheritable(descriptor)
+        os.close(descriptor)
+
+
+def test_messages_over_the_limit_are_refused() -> None:
     with pytest.raises(ProtocolError, match="limit"):
-        decode_prefix(protocol._PREFIX.pack(protocol.MAGIC, protocol.HEADER_LIMIT + 1, 0))
-    with pytest.raises(ProtocolError, match="limit"):
-        decode_prefix(protocol._PREFIX.pack(protocol.MAGIC, 1, protocol.PAYLOAD_LIMIT + 1))
-    with pytest.raises(ProtocolError):
-        decode_prefix(b"GET / HTTP/1.1\r\n"[: protocol.PREFIX_SIZE])
-    with pytest.raises(ProtocolError, match="limit"):
-        encode_frame({"x": "y" * protocol.HEADER_LIMIT})
-    with pytest.raises(ProtocolError, match="dtype"):
-        encode_frame({}, {"x": np.zeros(1, np.float64)})
+        encode_message({"x": "y" * protocol.MESSAGE_LIMIT})
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        for receive in (receive_packet, receive_request):
+            other.send(bytes(protocol.MESSAGE_LIMIT + 1))
+            with pytest.raises(ProtocolError, match="limit"):
+                receive(one)
 
 
 @pytest.mark.parametrize(
@@ -116,23 +230,12 @@ def test_errors_keep_their_type(kind: type[BackendError]) -> None:
 
 
 def test_a_silent_peer_costs_no_more_than_the_deadline() -> None:
-    one, other = socket.socketpair()
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
-        other.sendall(encode_frame({"op": "status"})[:10])
         started = time.monotonic()
         with pytest.raises(TimeoutError):
-            receive_frame(one, started + 0.1)
+            receive_packet(one, started + 0.1)
         assert time.monotonic() - started < 1
-
-
-def test_an_end_within_a_frame_is_told_from_a_clean_one() -> None:
-    one, other = socket.socketpair()
-    with one, other:
-        other.sendall(encode_frame({"op": "status"})[:-1])
         other.close()
-        with pytest.raises(ConnectionResetError):
-            receive_frame(one)
-    one, other = socket.socketpair()
-    with one, other:
-        other.close()
-        assert receive_frame(one) is None
+        assert receive_packet(one) is None
+        assert receive_request(one) is None
