@@ -126,6 +126,14 @@ class FpgaSession:
         self, package: Package, signature: Signature, client: FabricClient, keeper: Keeper
     ) -> None:
         self._package = package
+        # Not per request: a small one takes no longer than all that Python does around it.
+        self._inputs = tuple(port.spec for port in package.inputs)
+        self._outputs = tuple(port.spec for port in package.outputs)
+        self._result_bytes = tuple(port.wire.item_bytes for port in package.outputs)
+        item_bytes = (
+            sum(p.wire.item_bytes for p in side) for side in (package.inputs, package.outputs)
+        )
+        self._largest = PAYLOAD_LIMIT // max(item_bytes)
         self._signature = signature
         self._client = client
         self._keeper = keeper
@@ -141,16 +149,16 @@ class FpgaSession:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(port.spec for port in self._package.inputs)
+        return self._inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(port.spec for port in self._package.outputs)
+        return self._outputs
 
     @property
     def max_batch(self) -> int:
         """Items of one DMA transfer; more than these are computed in several."""
-        return min(self._package.max_batch, self._largest())
+        return min(self._package.max_batch, self._largest)
 
     @property
     def healthy(self) -> bool:
@@ -175,7 +183,7 @@ class FpgaSession:
         if len(counts) != 1:
             raise InvalidTensor(f"{package.name}: the inputs have unequal batches")
         (count,) = counts
-        largest = self._largest()
+        largest = self._largest
         if count > largest:
             raise InvalidTensor(
                 f"{package.name}: a batch of {count} is too large, send {largest} items at most"
@@ -272,27 +280,20 @@ class FpgaSession:
         results = self._client.infer(
             handle,
             [items[port.spec.name] for port in self._package.inputs],
-            [port.wire.item_bytes for port in ports],
+            self._result_bytes,
             deadline,
             margin=margin,
         )
         return {port.spec.name: result for port, result in zip(ports, results, strict=True)}
 
-    def _largest(self) -> int:
-        package = self._package
-        totals = (
-            sum(port.wire.item_bytes for port in s) for s in (package.inputs, package.outputs)
-        )
-        return PAYLOAD_LIMIT // max(totals)
-
     def _check_names(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> None:
-        wanted = {spec.name for spec in self.inputs}
-        if set(inputs) != wanted:
+        wanted = {spec.name for spec in self._inputs}
+        if inputs.keys() != wanted:
             raise InvalidTensor(
                 f"{self._package.name} takes {', '.join(sorted(wanted))}, not "
                 f"{', '.join(sorted(inputs)) or 'nothing'}"
             )
-        unknown = set(outputs or ()) - {spec.name for spec in self.outputs}
+        unknown = set(outputs or ()) - {spec.name for spec in self._outputs} if outputs else None
         if unknown:
             raise InvalidTensor(f"{self._package.name} has no output {', '.join(sorted(unknown))}")
 
