@@ -55,6 +55,7 @@ from .scoring_link import ScoringLink
 from .status import (
     deployment_document,
     desired_status,
+    outcome,
     status_document,
     stuck,
     telemetry_document,
@@ -365,6 +366,8 @@ class Agent:
                         last_good,
                         snapshot.failures,
                         stuck(snapshot),
+                        back=latest is None
+                        or outcome(snapshot, latest, last_good) != "rollingBack",
                     )
                 )
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -10,6 +11,7 @@ import msgspec
 from .canary import CanaryRules
 from .document import UNPARSABLE, ManifestError, hint, shown
 from .module_spec import ModuleSpec
+from .runtime.scoring_module import named_model
 
 PREFIX = "SCORING_"
 BACKENDS = ("fpga", "cpu")
@@ -58,8 +60,9 @@ class ScoringOptions(msgspec.Struct, frozen=True):
 
     `traffic` is this module's percentage of the endpoint's requests; None for the module that gets
     the remainder. `mirror`: percent of them that it gets a copy of. `sticky`: the header whose
-    equal values go to one module. `collect` is kept as asked for; `unsupported` names
-    the variables that ask for something this version does not do.
+    equal values go to one module. `model`: which one of a container's, where its label names it.
+    `collect` is kept as asked for; `unsupported` names the variables that ask for something this
+    version does not do.
     """
 
     endpoint: str
@@ -78,6 +81,7 @@ class ScoringOptions(msgspec.Struct, frozen=True):
     threads: int = 0
     sticky: str = ""
     canary: CanaryRules | None = None
+    model: str = ""
 
 
 def scoring_options(spec: ModuleSpec) -> ScoringOptions:
@@ -128,7 +132,17 @@ def scoring_options(spec: ModuleSpec) -> ScoringOptions:
         threads=variables.number("SCORING_THREADS", 1, MAX_THREADS) or 0,
         sticky=variables.header("SCORING_STICKY"),
         canary=canary,
+        model=named_model(_labels(spec)),
     )
+
+
+def _labels(spec: ModuleSpec) -> dict[str, str]:
+    """Those in createOptions, as far as they can be read: what is wrong there is told later."""
+    options = json.loads(spec.create_options)
+    given = next((value for key, value in options.items() if key.lower() == "labels"), None)
+    if not isinstance(given, dict):
+        return {}
+    return {key: value for key, value in given.items() if isinstance(value, str)}
 
 
 def check_endpoints(modules: Iterable[ModuleSpec]) -> None:

@@ -95,7 +95,9 @@ class ScoringLink:
         await _ask(lambda: self._stub.load(request, timeout=LOAD_SECONDS))
 
     async def attach(self, instance: str, socket: str, options: ScoringOptions) -> None:
-        request = pb.LoadRequest(instance=instance, socket=socket, options=_options(options))
+        request = pb.LoadRequest(
+            instance=instance, socket=socket, model=options.model, options=_options(options)
+        )
         await _ask(lambda: self._stub.load(request, timeout=LOAD_SECONDS))
 
     async def probe(self, instance: str) -> None:

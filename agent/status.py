@@ -159,12 +159,14 @@ def desired_status(
     last_good: Deployment | None,
     failures: tuple[Failure, ...] = (),
     stuck: str = "",
+    *,
+    back: bool = True,
 ) -> tuple[int, int, str]:
     """(version, code, description) of the last document of `source`, in edgeAgent's codes.
 
     A step that fails is 500 for as long as it does, as edgeAgent reports it. What edgeAgent has no
     words for: a deployment that was given up is 500 and says what runs instead, or why nothing
-    does (`stuck`); a document that a
+    does (`stuck`), and whether the device is `back` at the last good one yet; a document that a
     newer one from elsewhere replaced is 200 and says so.
     """
     if seen is None:
@@ -181,7 +183,8 @@ def desired_status(
     elif stuck:
         tail = f"unable to roll back to deployment {last_good.generation}: {stuck}"
     else:
-        tail = f"rolled back to deployment {last_good.generation} ({last_good.source})"
+        doing = "rolled back" if back else "rolling back"
+        tail = f"{doing} to deployment {last_good.generation} ({last_good.source})"
     return seen.version, FAILED, f"{latest.description}; {tail}"
 
 

@@ -11,11 +11,17 @@ from .document import joined
 from .manifest import Manifest
 from .message_routes import compile_routes
 from .module_spec import ModuleSpec
+from .runtime.create_body import ignored_options
 from .scoring_env import scoring_options
 
 MAX_REPORTED = 40
 _READ_BY_AGENT = frozenset({"ModuleUpdateMode"})
 """Variables of edgeAgent that this agent follows."""
+_DECIDED = {
+    "Image": "without effect: settings.image names the image",
+    "name": "without effect: the container has the name of its module",
+    "HostConfig.RestartPolicy": "without effect: the module's restartPolicy counts",
+}
 
 
 def unsupported(manifest: Manifest, max_outbox_bytes: int | None = None) -> tuple[str, ...]:
@@ -31,6 +37,10 @@ def unsupported(manifest: Manifest, max_outbox_bytes: int | None = None) -> tupl
         options = scoring_options(spec)
         found += (
             (f"{path}.env.{name}", "not done by this version") for name in options.unsupported
+        )
+        found += (
+            (f"{path}.settings.createOptions.{option}", _DECIDED[option])
+            for option in ignored_options(spec)
         )
     hub = manifest.edge_hub
     if hub is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from ..clock import SystemClock
 from .command import add_config_option, add_json_option, configuration, palette, print_json
 from .spans import module_text
+from .waiting import instead
 
 COLOURS = {
     "running": "green",
@@ -51,7 +52,7 @@ def _status(arguments: argparse.Namespace) -> int:
         if deployment["description"]:
             print(f"            {deployment['description']}")
         if deployment["rolledBack"]:
-            print(f"            running deployment {deployment['lastGood']['generation']} instead")
+            print(f"            {instead(deployment)}")
     if (fetch := status["fetch"]) is not None:
         print(f"fetching    {fetch['url']} for {fetch['source']}")
         if fetch["error"]:

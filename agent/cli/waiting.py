@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .agent_client import AgentClient
 
 DONE_PHASES = ("good", "failed", "superseded")
+_INSTEAD = {
+    "rollingBack": "returning to deployment {}",
+    "unableToRollBack": "unable to return to deployment {}: see `gatelet list`",
+}
 _PERCENT = re.compile(r":? ?\d+ % of .*")
 
 
@@ -23,16 +27,21 @@ class _Display(Protocol):
 
 
 def wait(agent: AgentClient, generation: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The outcome of deployment `generation`: generation, phase, description, lastGood.
+    """The outcome of deployment `generation`: generation, phase, outcome, description, lastGood.
 
-    Raises CommandError after `arguments.timeout` seconds.
+    One that failed is waited for until the device is back at the last good one. Raises
+    CommandError after `arguments.timeout` seconds.
     """
+    failed: dict[str, Any] | None = None
     with _display(generation, quiet=arguments.json) as display:
         for status in agent.watch(arguments.timeout):
             result = outcome(status, generation)
-            if result is not None:
+            if result is not None and result["outcome"] != "rollingBack":
                 return result
+            failed = result
             display.show(status)
+    if failed is not None:
+        return failed
     raise CommandError(
         f"deployment {generation} is not good after {arguments.timeout:g} s; the agent goes on "
         "with it: see `gatelet status`"
@@ -53,6 +62,7 @@ def outcome(status: dict[str, Any], generation: int) -> dict[str, Any] | None:
     return {
         "generation": generation,
         "phase": phase,
+        "outcome": deployment.get("outcome", phase) if newest == generation else phase,
         "description": description,
         "lastGood": last_good,
     }
@@ -66,11 +76,18 @@ def report(result: dict[str, Any], arguments: argparse.Namespace) -> int:
     elif phase == "good":
         print(f"deployment {generation} is good")
     else:
-        kept = result.get("lastGood")
-        tail = f"; deployment {kept} is running instead" if kept else ""
+        tail = f"; {instead(result)}" if result.get("lastGood") else ""
         reason = f": {result['description']}" if result["description"] else ""
         print(f"gatelet: deployment {generation} {phase}{reason}{tail}", file=sys.stderr)
     return 0 if phase == "good" else 1
+
+
+def instead(deployment: Mapping[str, Any]) -> str:
+    """What runs in place of a deployment that failed, by its `outcome` and `lastGood`."""
+    kept = deployment["lastGood"]
+    number = kept["generation"] if isinstance(kept, Mapping) else kept
+    words = _INSTEAD.get(deployment.get("outcome", ""), "deployment {} is running instead")
+    return words.format(number)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def machine_checks(config: AgentConfig, file: Path, status: Status | None) -> li
         Check("run folder", lambda: folder(config.device.run_dir, "run-dir")),
         Check("disk space", lambda: disk(config.device.state_dir)),
         Check("memory", memory),
+        Check("trust", lambda: trust(config)),
         Check("agent", lambda: agent(config, status)),
         Check("deployment", lambda: deployment(status)),
         *(
@@ -92,6 +93,22 @@ def _readable_by_all(path: Path) -> bool:
         )
     except OSError:
         return False
+
+
+def trust(config: AgentConfig) -> Outcome:
+    from ..trust import load_trust
+
+    try:
+        found = load_trust(config.trust)
+    except ConfigError as failure:
+        return error(str(failure), "correct [trust] in agent.toml; without it the agent stops")
+    asked = ["manifests"] if found.manifests_required else []
+    asked += [
+        f"images of {rule.prefix or 'every registry'}" for rule in found.images if rule.require
+    ]
+    if not asked:
+        return skipped("no signatures are asked for: [trust] is off")
+    return ok(f"signed must be {', '.join(asked)}; keys {', '.join(sorted(found.keys))}")
 
 
 def folder(path: Path, key: str) -> Outcome:

@@ -37,6 +37,12 @@ def is_scoring(labels: Mapping[str, str]) -> bool:
     return SCORING_LABEL in labels and labels[SCORING_LABEL].strip().lower() not in _NO
 
 
+def named_model(labels: Mapping[str, str]) -> str:
+    """The model that the label's value names, "" where it only says that there is one."""
+    value = labels.get(SCORING_LABEL, "").strip()
+    return "" if value.lower() in (*_NO, "true", "1", "yes") else value
+
+
 def shared_folder(body: Mapping[str, Any]) -> str | None:
     """The host folder that gatelet itself mounts into a container, None without.
 

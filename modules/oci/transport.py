@@ -328,6 +328,9 @@ class RegistryTransport:
         what = path.rpartition("/")[2].partition("?")[0]
         said = f"{where}: {method} {what} was answered with {status}{detail}"
         if status == 404:
+            # HEAD and GET of a manifest: whoever wrote the name knows no requests.
+            if "/manifests/" in path:
+                said = f"{where}: the registry has no such image (404){detail}"
             return ImageNotFound(f"{said}; check the name, or push the image")
         if status in (401, 403):
             who = f"user {self.settings.username!r}" if self.settings.username else "no user name"

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 import pytest
 from gatelet.agent.config import ConfigError, parse_config
 from gatelet.agent.document import ManifestError
+from gatelet.agent.manifest import Manifest
 from gatelet.agent.module_spec import ModuleSpec
 from gatelet.agent.runtime.container import SCORING_LABEL
 from gatelet.agent.runtime.create_body import (
@@ -30,6 +31,8 @@ from gatelet.agent.runtime.scoring_module import (
     scoring_socket,
     shared_folder,
 )
+from gatelet.agent.scoring_env import scoring_options
+from gatelet.agent.unsupported import unsupported
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -322,6 +325,28 @@ def test_what_gatelet_decides_is_named():
     assert body["Image"] == "reg.test:5000/cam:1"
     assert body["HostConfig"]["RestartPolicy"]["Name"] == "no"
     assert ignored_options(spec_of()) == ()
+
+
+def test_what_gatelet_decides_is_reported():
+    options = {"name": "x", "Image": "y", "HostConfig": {"RestartPolicy": {"Name": "always"}}}
+    manifest = Manifest("1.1", modules=(spec_of(options),))
+    module = f"modules.{manifest.modules[0].name}.settings.createOptions"
+    assert [sentence.split(": ")[0] for sentence in unsupported(manifest)] == [
+        f"{module}.Image",
+        f"{module}.name",
+        f"{module}.HostConfig.RestartPolicy",
+    ]
+
+
+def test_the_scoring_label_may_name_the_model():
+    def named(options):
+        return scoring_options(spec_of(options)).model
+
+    assert named({"Labels": {"io.gatelet.scoring": "resnet"}}) == "resnet"
+    assert named({"labels": {"io.gatelet.scoring": " resnet "}}) == "resnet"
+    for value in ("", "true", "1", "Yes", "false", "no", "0"):
+        assert named({"Labels": {"io.gatelet.scoring": value}}) == ""
+    assert named({"Labels": ["io.gatelet.scoring"]}) == named({}) == ""
 
 
 def test_no_new_privileges_is_said_once():

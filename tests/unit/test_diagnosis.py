@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from gatelet.accelerators.process_log import BoundedLogFile
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.config import AgentConfig, DockerConfig, parse_config
@@ -30,6 +32,7 @@ from gatelet.agent.diagnosis.machine import (
     machine_checks,
     memory,
     scoring_port,
+    trust,
 )
 from gatelet.agent.diagnosis.network import (
     Endpoint,
@@ -129,6 +132,24 @@ def test_a_configuration_that_cannot_connect_is_an_error(tmp_path: Path) -> None
     level, message, _ = configuration(settings, tmp_path / "agent.toml")
     assert level == "error"
     assert "SharedAccessKey" in message
+
+
+def test_whose_word_is_taken(tmp_path: Path) -> None:
+    assert trust(config(tmp_path))[0] == "skipped"
+    key = tmp_path / "a.pub"
+    text = f'[trust]\nmanifests = "require"\nkeys = [{{id = "a", file = "{key}"}}]\n'
+    text += '[[trust.images]]\nprefix = "registry.test/models"\n'
+    missing = trust(config(tmp_path, text))
+    assert missing[0] == "error"
+    assert "cannot read" in missing[1]
+    key.write_bytes(
+        ec.generate_private_key(ec.SECP256R1())
+        .public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    found = trust(config(tmp_path, text))
+    assert found[0] == "ok"
+    assert found[1] == "signed must be manifests, images of registry.test/models; keys a"
 
 
 def test_folders_disk_and_memory(tmp_path: Path) -> None:

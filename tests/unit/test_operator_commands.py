@@ -153,6 +153,16 @@ def test_waiting_prints_a_line_per_change_and_no_percentages(
     assert told == "gatelet: deployment 2 failed: why; deployment 1 is running instead\n"
     assert report(result, options(json=True)) == 1
     assert capsys.readouterr().err == ""
+    back = status(2, "failed")
+    returning = status(2, "failed")
+    returning["deployment"]["outcome"] = "rollingBack"
+    back["deployment"]["outcome"] = "rolledBack"
+    agent = FakeAgent(returning, back)
+    assert wait(agent, 2, options(json=True))["outcome"] == "rolledBack"
+    agent = FakeAgent(returning)
+    assert report(wait(agent, 2, options(json=True)), options()) == 1
+    told = capsys.readouterr().err
+    assert told == "gatelet: deployment 2 failed: why; returning to deployment 1\n"
     agent = FakeAgent(status(2, "applying"))
     with pytest.raises(CommandError, match="not good after 1 s"):
         wait(agent, 2, options(json=True))

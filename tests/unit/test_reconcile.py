@@ -280,6 +280,8 @@ async def test_a_broken_model_fails_the_deployment_and_the_old_one_goes_on(
     assert (version, code) == (2, 500)
     assert "is not a model" in description
     assert "rolled back to deployment 1" in description
+    _, _, description = desired_status("iothub", seen, latest, good, back=False)
+    assert "rolling back to deployment 1" in description
 
 
 async def test_a_model_that_kills_the_scoring_process_is_given_up(device: Device) -> None:
