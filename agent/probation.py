@@ -176,11 +176,15 @@ def _ill(
     state = history.restarts.get(module.name, NEW)
     how = f"exit code {view.exit_code}" + (", out of memory" if view.oom_killed else "")
     how += f", {view.error}" if view.error else ""
+    clean = view.exit_code == 0 and not view.oom_killed
+    if view.state == "exited" and clean:
+        verdict = decide(module.policy, state, view, planning.restarts, now)
+        if verdict.action == "ended":
+            return ""
     if state.exits >= rules.exits and state.container == view.spec:
         return f"it ended by itself {state.exits} times, the last time with {how}"
     if view.state == "exited":
         verdict = decide(module.policy, state, view, planning.restarts, now)
-        clean = view.exit_code == 0 and not view.oom_killed
         if verdict.action == "failed" or (verdict.action == "ended" and not clean):
             return f"it ended with {how}, and its restart policy is {module.policy}"
     if view.state == "running" and view.health == "unhealthy":

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .clock import Clock
-from .plan_types import Observed, Start, Step, Stop
+from .plan_types import Create, Observed, Start, Step, Stop
 from .restarts import (
     NEW,
     RestartRules,
@@ -105,7 +105,12 @@ class RestartMemory:
         if again:
             return
         wall = self._clock.now()
-        if isinstance(step, Start):
+        if isinstance(step, Create):
+            # What an earlier container of the same specification did is not this one's doing.
+            asked = self._states.get(step.module, NEW).asked
+            fresh = RestartState(step.container.fingerprint(), asked=asked, answered=asked)
+            self._set(step.module, fresh)
+        elif isinstance(step, Start):
             state = self._states.get(step.module, NEW)
             self._set(step.module, before_start(state, automatic=step.automatic, wall=wall))
         elif isinstance(step, Stop):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -44,6 +45,7 @@ _EVENTS = (
 
 _REMOVAL_SECONDS = 20.0
 _REMEMBERED = 1000
+_STALE_TASK = re.compile(r"\btask [0-9a-f]{12,}: already exists")
 
 
 class DockerRuntime:
@@ -154,11 +156,24 @@ class DockerRuntime:
 
     async def start(self, name: str) -> None:
         def work(client: Client) -> None:
+            from docker.errors import APIError
+
             inspect = client.inspect_container(name)
             # Folders in /run do not outlive a reboot, containers do.
             _make_shared_folder({**inspect["Config"], "HostConfig": inspect["HostConfig"]})
             self._make_network(client, inspect["HostConfig"])
-            client.start(name)
+            try:
+                client.start(name)
+            except APIError as error:
+                if _STALE_TASK.search(str(error.explanation)) is None:
+                    raise
+                # An engine that was killed while it started this container never starts it again.
+                _remove(client, name)
+                raise RuntimeFailed(
+                    f"cannot start container {name}: the engine holds on to a start that was cut "
+                    "short; the container was removed, to be made anew",
+                    retryable=True,
+                ) from error
 
         await self._link.call(f"start container {name}", work)
 

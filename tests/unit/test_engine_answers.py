@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
+import threading
 from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
+from typing import ClassVar
 
 import pytest
-from gatelet.agent.runtime.container import PullProgress
+from gatelet.agent.runtime.container import PullProgress, RuntimeFailed
+from gatelet.agent.runtime.docker import DockerRuntime
 from gatelet.agent.runtime.drift import drift
 from gatelet.agent.runtime.engine_errors import explained, unreachable
 from gatelet.agent.runtime.inspection import parse_time
@@ -72,6 +80,61 @@ def test_times():
     for nothing in ("0001-01-01T00:00:00Z", "", "yesterday", "2026-13-21T05:39:54Z"):
         assert parse_time(nothing) is None
     assert parse_time(AT).utcoffset() == timedelta(0)
+
+
+class _Engine(BaseHTTPRequestHandler):
+    """Holds on to the task of a container that it was killed over."""
+
+    protocol_version = "HTTP/1.1"
+    removed: ClassVar[list[str]] = []
+
+    def _answer(self, status, body):
+        data = json.dumps(body).encode() if body is not None else b""
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        config = {"Labels": {}, "Image": "x"}
+        found = {"Id": "a" * 64, "Config": config, "HostConfig": {"NetworkMode": "none"}}
+        self._answer(200, found if "/containers/" in self.path else {"ApiVersion": "1.41"})
+
+    def do_POST(self):
+        self._answer(500, {"message": f"task {'a' * 64}: already exists: unknown"})
+
+    def do_DELETE(self):
+        self.removed.append(self.path)
+        self._answer(204, None)
+
+    def address_string(self):
+        return "engine"
+
+    def log_message(self, *_):
+        pass
+
+
+class _Server(ThreadingMixIn, UnixStreamServer):
+    daemon_threads = True
+
+
+async def test_a_container_whose_start_was_cut_short_is_made_anew():
+    with tempfile.TemporaryDirectory(prefix="g-") as folder:
+        path = Path(folder) / "s"
+        with _Server(str(path), _Engine) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+            thread.start()
+            runtime = DockerRuntime(path, "edge-1")
+            try:
+                with pytest.raises(RuntimeFailed, match="made anew") as failed:
+                    await runtime.start("web")
+            finally:
+                await runtime.close()
+                server.shutdown()
+                thread.join()
+    assert failed.value.retryable
+    assert ["/containers/web" in path for path in _Engine.removed] == [True]
 
 
 def test_progress_adds_up_what_docker_says():

@@ -128,6 +128,25 @@ def test_what_does_not_stay_well_is_rolled_back(env: dict[str, str], reason: str
     play(scenario)
 
 
+def test_what_an_earlier_container_did_is_not_held_against_a_new_one() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        job = {"image": V1, "env": {"EXIT_AFTER_MS": "100", "EXIT_CODE": "0"}}
+        job["restartPolicy"] = "never"
+        crash = {"image": V2, "env": {"EXIT_AFTER_MS": "500", "EXIT_CODE": "7"}}
+        for _ in range(4):
+            await device.good(manifest(aa=V1, job=job))
+            await device.good(manifest(aa=V1))
+        for _ in range(2):
+            began = device.clock.monotonic()
+            said = await device.failed(manifest(aa=V1, bb=crash))
+            assert "3 times" in said
+            assert device.clock.monotonic() - began > 10 + 20, "it got its three attempts"
+
+    play(scenario)
+
+
 def test_without_anything_good_to_return_to_the_healthy_modules_go_on() -> None:
     async def scenario(device: Device) -> None:
         publish(device, V1)
