@@ -15,10 +15,10 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
-from conftest import RunningDevice
 from gatelet.agent.main import main
 from gatelet.agent.scoring.client import ScoringClient
 from gatelet.protos.services import ScoringStub
+from running_device import RunningDevice
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site

@@ -14,10 +14,10 @@ import gatelet.agent
 import numpy as np
 import pytest
 import pytest_asyncio
-from conftest import RunningDevice
 from engine_fixture import Engine
 from gatelet.agent.scoring.client import ScoringClient
 from gatelet.agent.scoring.errors import Code, ScoringError
+from running_device import RunningDevice
 
 from ..bench import onnx_models
 
