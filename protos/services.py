@@ -35,7 +35,13 @@ class Unary(Protocol[Req, Res]):
     """A blocking call; `timeout` in seconds. Raises grpc.RpcError."""
 
     def __call__(
-        self, request: Req, /, timeout: float | None = None, *, wait_for_ready: bool | None = None
+        self,
+        request: Req,
+        /,
+        timeout: float | None = None,
+        metadata: tuple[tuple[str, str], ...] | None = None,
+        *,
+        wait_for_ready: bool | None = None,
     ) -> Res: ...
 
 

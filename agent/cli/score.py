@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import CommandError, add_json_option, print_json, wrong_use
+from .scoring_client import add_scoring_options, scoring_client
 
 if TYPE_CHECKING:
     from ...accelerators.tensors import Array, TensorSpec
@@ -34,9 +35,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--output", dest="outputs", action="append", default=[], help="only this output; repeatable"
     )
-    parser.add_argument(
-        "--url", default="127.0.0.1:8001", help="host:port or unix:path (default: %(default)s)"
-    )
+    add_scoring_options(parser)
     parser.add_argument("--model-version", default="", metavar="V", help="ask this version")
     parser.add_argument(
         "--timeout", type=float, default=30.0, metavar="S", help="give up after S seconds"
@@ -46,14 +45,13 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from ..scoring.client import ScoringClient
     from ..scoring.errors import ScoringError
 
     texts = dict(named(text) for text in arguments.inputs)
     if len(texts) != len(arguments.inputs):
         wrong_use("an --input is given twice")
     try:
-        with ScoringClient(arguments.url, arguments.timeout) as client:
+        with scoring_client(arguments, arguments.timeout) as client:
             inputs = _inputs(client, arguments.model, arguments.model_version, texts)
             answer = client.request(
                 arguments.model, inputs, arguments.model_version, arguments.outputs

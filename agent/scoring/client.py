@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -21,20 +22,42 @@ _CODES = {grpc.StatusCode[code.value]: code for code in Code}
 _UNLIMITED = -1
 
 
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """What to trust and, for mTLS, what to show; all PEM."""
+
+    ca: bytes
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+
 class ScoringClient:
     """Blocking and thread-safe. Every call raises ScoringError; `timeout` is in seconds."""
 
-    def __init__(self, url: str = "127.0.0.1:8001", timeout: float = 30.0) -> None:
-        """`url`: host:port or unix:path. Nothing is connected before the first call."""
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        timeout: float = 30.0,
+        *,
+        bearer: str = "",
+        tls: ClientTls | None = None,
+    ) -> None:
+        """`url`: host:port or unix:path. Nothing is connected before the first call.
+
+        `bearer`: a key or token of the endpoints.
+        """
         self._url = url
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(
-            url,
-            options=[
-                ("grpc.max_receive_message_length", _UNLIMITED),
-                ("grpc.max_send_message_length", _UNLIMITED),
-            ],
-        )
+        self._metadata = (("authorization", f"Bearer {bearer}"),) if bearer else ()
+        options = [
+            ("grpc.max_receive_message_length", _UNLIMITED),
+            ("grpc.max_send_message_length", _UNLIMITED),
+        ]
+        if tls is None:
+            self._channel = grpc.insecure_channel(url, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+            self._channel = grpc.secure_channel(url, credentials, options)
         self._stub = InferenceStub(self._channel)
 
     def __enter__(self) -> ScoringClient:
@@ -74,7 +97,7 @@ class ScoringClient:
             outputs=tuple(outputs),
         )
         try:
-            message = self._stub.model_infer(encode_request(request), self._timeout)
+            message = self._stub.model_infer(encode_request(request), self._timeout, self._metadata)
         except grpc.RpcError as error:
             raise self._error(error) from error
         return decode_response(message)
@@ -92,13 +115,15 @@ class ScoringClient:
             if not model:
                 return self._stub.server_ready(oip.ServerReadyRequest(), self._timeout).ready
             request = oip.ModelReadyRequest(name=model, version=version)
-            return self._stub.model_ready(request, self._timeout).ready
+            return self._stub.model_ready(request, self._timeout, self._metadata).ready
         except grpc.RpcError:
             return False
 
     def server_metadata(self) -> ServerMetadata:
         try:
-            answer = self._stub.server_metadata(oip.ServerMetadataRequest(), self._timeout)
+            answer = self._stub.server_metadata(
+                oip.ServerMetadataRequest(), self._timeout, self._metadata
+            )
         except grpc.RpcError as error:
             raise self._error(error) from error
         return ServerMetadata(answer.name, answer.version, tuple(answer.extensions))
@@ -106,7 +131,9 @@ class ScoringClient:
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
         request = oip.ModelMetadataRequest(name=model, version=version)
         try:
-            return decode_metadata(self._stub.model_metadata(request, self._timeout))
+            return decode_metadata(
+                self._stub.model_metadata(request, self._timeout, self._metadata)
+            )
         except grpc.RpcError as error:
             raise self._error(error) from error
 

@@ -67,6 +67,14 @@ class DataPlane:
         """Replace all routes at once."""
         self._table = RoutingTable({route.endpoint: route for route in routes})
 
+    def require_routes(self) -> None:
+        """Raises ScoringError UNAVAILABLE before the first `switch`: just started, perhaps after a
+        crash, nobody can say what is deployed, and clients may try again."""
+        if self._table is None:
+            raise ScoringError(
+                Code.UNAVAILABLE, "the deployment's models are not loaded yet; try again", 1.0
+            )
+
     def stop(self) -> None:
         """Report "not ready" from now on, so that balancers look elsewhere."""
         self._stopping = True
@@ -224,6 +232,7 @@ class DataPlane:
                 )
 
     def _route(self, name: str) -> Route[Instance]:
+        self.require_routes()
         routes = self.table.routes
         route = routes.get(name)
         if route is None:
@@ -252,7 +261,9 @@ class DataPlane:
                 f"{f' of version {version!r}' if version else ''}; deployed: {names}",
             )
         if target is None:
-            versions = ", ".join(repr(target.version) for target in route.targets)
+            # Several modules may have the same one.
+            found = dict.fromkeys(repr(target.version) for target in route.targets)
+            versions = ", ".join(found)
             raise ScoringError(
                 Code.NOT_FOUND,
                 f"model {route.endpoint!r} has no version {version!r}; deployed: {versions}",

@@ -11,7 +11,9 @@ import grpc
 from ...protos.services import HEALTH, INFERENCE, handlers
 from .access import Access
 from .dataplane import DataPlane
-from .grpc_service import HealthService, InferenceService, StreamPool
+from .grpc_health import HealthService
+from .grpc_service import InferenceService
+from .grpc_streams import StreamPool
 from .observation import Observer
 
 

@@ -1,26 +1,23 @@
-"""The gRPC services of the scoring process: OIP with Triton's extensions, and health."""
+"""The Open Inference Protocol with Triton's extensions over gRPC."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import Message
 
-from ...protos import health_pb2 as health
 from ...protos import open_inference_pb2 as oip
-from ...protos.services import HEALTH, INFERENCE
 from . import oip_extensions as extensions
 from . import repository
 from .access import Access, Caller
 from .dataplane import DataPlane
 from .errors import DEFECT, Code, ScoringError
+from .grpc_streams import StreamPool
 from .observation import TIMING_HEADER, Observer, Served, server_timing
 from .oip_messages import decode_request, encode_metadata, encode_response
 
@@ -29,70 +26,9 @@ log = logging.getLogger(__name__)
 _STATUS = {code: grpc.StatusCode[code.value] for code in Code}
 # Deadlines further away than this are no deadlines (grpcio gives infinity without one).
 _LONGEST_SECONDS = 10_000_000.0
-_WATCH_SECONDS = 0.5
 _FAULTS = frozenset({"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
 
 T = TypeVar("T", bound=Message)
-
-
-class StreamPool:
-    """Threads for calls that stay open, so that these leave the others their threads."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.stopping = threading.Event()
-        # One more, to turn away whoever is too many.
-        self.threads = ThreadPoolExecutor(most + 1, thread_name_prefix="grpc-stream")
-        self._lock = threading.Lock()
-        self._open = 0
-        self._idle: set[Any] = set()
-
-    def served(self, behaviour: Callable[..., Iterator[T]]) -> Callable[..., Iterator[T]]:
-        """`behaviour` on these threads, refused with RESOURCE_EXHAUSTED when all are taken."""
-
-        def serve(request: Any, context: grpc.ServicerContext) -> Iterator[T]:
-            with self._lock:
-                full = self._open >= self.most
-                self._open += not full
-            if full:
-                context.abort(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"{self.most} streams are open already; close some",
-                )
-            try:
-                yield from behaviour(request, context)
-            finally:
-                with self._lock:
-                    self._open -= 1
-
-        # grpcio looks for this name on what it calls.
-        serve.experimental_thread_pool = self.threads  # type: ignore[attr-defined]
-        return serve
-
-    def next(self, requests: Iterator[T], context: grpc.ServicerContext) -> T | None:
-        """The next request of a stream; None at its end, or when the server stops before it."""
-        with self._lock:
-            self._idle.add(context)
-        if self.stopping.is_set():
-            context.cancel()  # type: ignore[no-untyped-call]
-        try:
-            return next(requests, None)
-        except grpc.RpcError:
-            return None
-        finally:
-            with self._lock:
-                self._idle.discard(context)
-
-    def stop(self) -> None:
-        """End the streams that wait for a request, and the others after their current one."""
-        self.stopping.set()
-        with self._lock:
-            idle = tuple(self._idle)
-        for context in idle:
-            context.cancel()
-
-    def shutdown(self) -> None:
-        self.threads.shutdown()
 
 
 class InferenceService:
@@ -346,45 +282,6 @@ class InferenceService:
         self, request: oip.LogSettingsRequest, context: grpc.ServicerContext
     ) -> oip.LogSettingsResponse:
         return self._guarded(context, "", lambda: extensions.log_settings(request))
-
-
-class HealthService:
-    """grpc.health.v1.Health: the whole server ("") and the inference service are as ready as the
-    data plane."""
-
-    def __init__(self, plane: DataPlane, streams: StreamPool) -> None:
-        self._plane = plane
-        self._streams = streams
-        self.watch = streams.served(self._watch)
-
-    def check(
-        self, request: health.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> health.HealthCheckResponse:
-        status = self._status(request.service)
-        if status == health.HealthCheckResponse.SERVICE_UNKNOWN:
-            context.abort(
-                grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r} here"
-            )
-        return health.HealthCheckResponse(status=status)
-
-    def _watch(
-        self, request: health.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> Iterator[health.HealthCheckResponse]:
-        told = None
-        while context.is_active():
-            status = self._status(request.service)
-            if status != told:
-                told = status
-                yield health.HealthCheckResponse(status=status)
-            if self._streams.stopping.wait(_WATCH_SECONDS):
-                return
-
-    def _status(self, service: str) -> health.HealthCheckResponse.ServingStatus:
-        if service not in ("", INFERENCE.full_name, HEALTH.full_name):
-            return health.HealthCheckResponse.SERVICE_UNKNOWN
-        if self._plane.ready():
-            return health.HealthCheckResponse.SERVING
-        return health.HealthCheckResponse.NOT_SERVING
 
 
 def _headers(context: grpc.ServicerContext) -> Mapping[str, str]:

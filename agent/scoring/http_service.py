@@ -350,7 +350,8 @@ class HttpService:
         return HttpResponse(200, encode_score(answer, results=score.results))
 
     def _endpoint(self, call: Call) -> str:
-        """Which endpoint `/score` means. Raises Refusal 404."""
+        """Which endpoint `/score` means. Raises Refusal 404, and ScoringError UNAVAILABLE."""
+        self._plane.require_routes()
         routes = self._plane.table.routes
         named = call.params.get("endpoint")
         if named is not None:

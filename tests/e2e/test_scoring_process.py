@@ -16,6 +16,7 @@ import psutil
 import pytest
 import tritonclient.grpc as triton
 from gatelet.agent.scoring.client import ScoringClient
+from gatelet.agent.scoring.errors import Code, ScoringError
 
 from ..bench import onnx_models
 from ..bench.scoring_site import TIMEOUT, scoring_process
@@ -28,6 +29,12 @@ X = np.ones((1, 4), np.float32)
 def test_serves_and_ends_cleanly(tmp_path: Path) -> None:
     control = tmp_path / "s"
     with scoring_process(control) as scoring:
+        with (
+            ScoringClient(scoring.site.address) as early,
+            pytest.raises(ScoringError, match="not loaded yet") as caught,
+        ):
+            early.infer("e", {"x": X})
+        assert caught.value.code is Code.UNAVAILABLE
         scoring.site.deploy({"e": onnx_models.scale_folder(tmp_path / "m", 2)})
         status = scoring.site.status()
         assert status.pid == scoring.process.pid
@@ -116,7 +123,7 @@ def test_silent_connections_are_closed_and_disturb_nobody(tmp_path: Path) -> Non
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
         started = time.monotonic()
         selector = selectors.DefaultSelector()
-        for number in range(200):
+        for number in range(800):
             connection = socket.create_connection((host, int(port)))
             # Every other one says hello in HTTP/2 and then nothing.
             if number % 2:

@@ -165,10 +165,14 @@ def test_what_an_answer_says_of_itself(site: Site) -> None:
 
 def test_several_endpoints(site: Site, folder: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "s") as other:
+        # Before anybody said what is deployed, clients are to come back.
+        status, headers, answer = ask(other, "POST", "/score", {"data": [ROW]})
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert answer["message"] == "the deployment's models are not loaded yet; try again"
+        assert ask(other, "GET", "/")[0] == 503
+        other.switch({})
         status, _, answer = ask(other, "POST", "/score", {"data": [ROW]})
         assert (status, answer["message"]) == (404, "no model is deployed here")
-        # Nothing was deployed yet, which is not the same as nothing being wanted.
-        assert ask(other, "GET", "/")[0] == 503
         folder = folder / "scale"
         for name in ("a", "b"):
             other.load(f"{name}-module@1", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import logging
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.http as triton_http
+from gatelet.agent.cli import score
+from gatelet.agent.cli.command import CommandError
 from gatelet.agent.scoring import http_server
 from gatelet.agent.scoring import keys as keys_module
 from gatelet.agent.scoring.dataplane import DataPlane
@@ -298,6 +301,13 @@ def https(site: Site, context: ssl.SSLContext, path: str, bearer: str = "") -> t
         connection.close()
 
 
+def command(words: list[str]) -> int:
+    parser = argparse.ArgumentParser()
+    score.register(parser.add_subparsers())
+    arguments = parser.parse_args([*words, "--timeout", "5"])
+    return int(arguments.run(arguments))
+
+
 def test_wide_addresses_ask_for_keys_and_renew_certificates(
     tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +331,14 @@ def test_wide_addresses_ask_for_keys_and_renew_certificates(
         assert status == 200
         target = f"localhost:{site.address.rpartition(':')[2]}"
         request = oip.ModelMetadataRequest(name="e")
+        asked = ["score", "e", "--input", "x=[[1, 2, 3, 4]]", "--url", target]
+        asked += ["--ca-file", str(pki.ca_file)]
+        with pytest.raises(CommandError, match="needs a key or token"):
+            command(asked)
+        monkeypatch.setenv("GATELET_SCORING_KEY", key)
+        assert command(asked) == 0
+        with pytest.raises(CommandError, match="nothing answers"):
+            command(asked[:-2])
         with grpc.secure_channel(target, roots) as channel:
             with pytest.raises(grpc.RpcError) as caught:
                 InferenceStub(channel).model_metadata(request, 20)

@@ -150,6 +150,10 @@ def test_traffic_is_split_and_versions_are_reachable(
         site.load(version, folder)
         site.probe(version)
     site.switch({"e": [("1", 0, True), ("2", 25, False)]})
+    site.switch({"e": [("1", 0, True), ("2", 25, False), ("2", 0, False)]})
+    with pytest.raises(ScoringError, match=r"has no version '3'; deployed: '1', '2'$"):
+        client.infer("e", X, "3")
+    site.switch({"e": [("1", 0, True), ("2", 25, False)]})
     assert client.metadata("e").versions == ("1", "2")
     assert client.infer("e", X, "1")["y"][0, 0] == 1.0
     assert client.infer("e", X, "2")["y"][0, 0] == 2.0
