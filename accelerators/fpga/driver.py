@@ -102,6 +102,11 @@ class FabricDriver:
         """Name of the overlay in the fabric."""
         return self._active.package.name if self._active else None
 
+    @property
+    def active(self) -> Package | None:
+        """The package in the fabric."""
+        return self._active.package if self._active else None
+
     def open(self) -> None:
         """Take the lock and find pynq's device.
 
@@ -178,6 +183,11 @@ class FabricDriver:
                 active, [one[part] for one in items], [r[part] for r in results], deadline
             )
         return results
+
+    def configure(self, package: Package) -> None:
+        """Put a loaded package into the fabric ahead of `infer`. Raises FabricSick."""
+        self._settle()
+        self._in_fabric(package)
 
     def recover(self) -> None:
         """Bring the fabric back after a failed transfer. Raises FabricSick when that fails."""
@@ -294,8 +304,11 @@ class FabricDriver:
             buffer.freebuffer()
 
     def _activate(self, package: Package) -> _Active:
-        if self._active is not None and self._active.package.identity == package.identity:
-            return self._active
+        active = self._active
+        if active is not None and (
+            active.package is package or active.package.identity == package.identity
+        ):
+            return active
         limit = self._limits.get(package.identity)
         if limit is None:
             raise LoadError(f"{package.name} is not loaded")

@@ -1,7 +1,8 @@
 """Serves the fabric protocol: one thread per connection, which has the fabric when it is its turn.
 
 There is no thread in between, whose wake-up would cost more than a transfer. What waits for its
-turn is answered by its deadline; what is being done ends by it, or by the driver's own limit.
+turn (see `schedule`) is answered by its deadline; what is being done ends by it, or by the driver's
+own limit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 from ..errors import (
     BackendError,
     BackendUnavailable,
-    DeadlineExceeded,
     InvalidTensor,
     LoadError,
 )
@@ -43,15 +43,26 @@ from .protocol import (
     receive_request,
     signature_in,
 )
+from .schedule import Overlay, Policy
 from .shared_memory import Segment, lay_out, open_segment
+from .turns import Turns
 
 _LOG = logging.getLogger(__name__)
 
-QUEUE_LIMIT = 64
 CONNECTION_LIMIT = 64
 LOAD_SECONDS = 30.0
 
 Header = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A package behind a handle, what stands for its overlay, and bytes per item of its tensors."""
+
+    package: Package
+    overlay: Overlay
+    input_bytes: tuple[int, ...]
+    output_bytes: tuple[int, ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -59,7 +70,7 @@ class _Client:
     """One scoring process: its connections, and the packages it loaded, by handle."""
 
     connections: int = 0
-    packages: dict[str, Package] = field(default_factory=dict)
+    packages: dict[str, _Loaded] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -87,6 +98,7 @@ class FabricServer:
         *,
         stuck_after: float = 60.0,
         monotonic: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
     ) -> None:
         self._driver = driver
         self._path = path
@@ -94,13 +106,15 @@ class FabricServer:
         self._stuck_after = stuck_after
         self._monotonic = monotonic
         self._started = monotonic()
-        self._turn = threading.Lock()
-        self._waiting = 0
-        self._busy_since: float | None = None
+        self._turns = Turns(self._prefetch, policy, monotonic)
+        self._overlays: dict[tuple[object, ...], _Loaded] = {}
+        self._next_overlay = 0
+        # Identities are large: what was in the fabric last is not looked up again.
+        self._seen: tuple[Package | None, Overlay | None] = (None, None)
         self._guard = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._clients: dict[str, _Client] = {}
-        self._requests = self._expired = 0
+        self._requests = 0
         self._closing = threading.Event()
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
@@ -121,6 +135,7 @@ class FabricServer:
         self._listener = listener
         self._acceptor = threading.Thread(target=self._accept, name="fabric-accept", daemon=True)
         self._acceptor.start()
+        self._turns.start()
 
     def stop(self) -> None:
         """Stop serving and close the driver. Idempotent."""
@@ -140,18 +155,19 @@ class FabricServer:
         if self._acceptor is not None:
             self._acceptor.join(timeout=5.0)
         # Whoever has the fabric ends by itself; nobody gets it after us.
-        if self._turn.acquire(timeout=5.0):
+        if self._turns.close():
             self._driver.close()
         self._path.unlink(missing_ok=True)
 
     @property
     def stuck(self) -> bool:
-        since = self._busy_since
+        since = self._turns.busy_since
         return since is not None and self._monotonic() - since > self._stuck_after
 
     def status(self) -> dict[str, Any]:
         """What `status` and `hello` answer: identity, counters, and what is loaded."""
         counters = asdict(self._driver.counters)
+        turns = self._turns.counters
         return {
             "board": self._board.name if self._board else None,
             "part": self._board.part if self._board else None,
@@ -162,8 +178,12 @@ class FabricServer:
             "hangs": counters["hangs"],
             "replaced": counters["replaced"],
             "requests": self._requests,
-            "expired": self._expired,
-            "queued": self._waiting,
+            "expired": turns.expired,
+            "swaps": turns.swaps,
+            "swapsAvoided": turns.swaps_avoided,
+            "refused": turns.refused,
+            "prefetches": turns.prefetches,
+            "queued": turns.waiting,
             "uptimeSeconds": round(self._monotonic() - self._started, 3),
             "pid": os.getpid(),
         }
@@ -171,35 +191,53 @@ class FabricServer:
     # The turn.
 
     @contextlib.contextmanager
-    def _fabric(self, deadline: float) -> Iterator[FabricDriver]:
-        """The driver, for as long as the block runs. Raises when that is not so by `deadline`."""
-        with self._guard:
-            if self._waiting >= QUEUE_LIMIT:
-                raise BackendUnavailable(f"{QUEUE_LIMIT} requests wait for the fabric already")
-            self._waiting += 1
-        try:
-            remaining = min(deadline - self._monotonic(), threading.TIMEOUT_MAX)
-            if remaining <= 0 or not self._turn.acquire(timeout=remaining):
-                self._expired += 1
-                raise DeadlineExceeded("the deadline passed while the request was queued")
-        finally:
-            with self._guard:
-                self._waiting -= 1
-        self._busy_since = self._monotonic()
-        try:
+    def _fabric(self, deadline: float = math.inf) -> Iterator[FabricDriver]:
+        """The driver for work that is no inference, for as long as the block runs."""
+        self._turns.enter(None, deadline)
+        with self._holding():
             yield self._driver
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Gives the turn back in the end, whatever state the fabric is in then."""
+        try:
+            yield
         except BackendError:
             raise
         except Exception as error:
             _LOG.exception("request failed")
             raise BackendUnavailable(f"the fabric process failed: {error!r}") from error
         finally:
-            self._busy_since = None
-            self._turn.release()
+            self._turns.leave(self._in_fabric())
+
+    def _in_fabric(self) -> Overlay | None:
+        package = self._driver.active
+        if package is None:
+            return None
+        if package is not self._seen[0]:
+            known = self._overlays.get(package.identity)
+            self._seen = (package, known.overlay if known is not None else None)
+        return self._seen[1]
+
+    def _configure(self, loaded: _Loaded) -> None:
+        started = self._monotonic()
+        self._driver.configure(loaded.package)
+        self._turns.configured(loaded.overlay, self._monotonic() - started)
+
+    def _prefetch(self, overlay: Overlay) -> None:
+        with self._guard:
+            known = [one for one in self._overlays.values() if one.overlay == overlay]
+        try:
+            with self._holding():
+                for loaded in known:
+                    self._configure(loaded)
+        except BackendError as error:
+            _LOG.warning("an overlay was not configured ahead: %s", error)
+            self._turns.forget(overlay)
 
     def _recover(self) -> None:
         try:
-            with self._fabric(math.inf) as driver:
+            with self._fabric() as driver:
                 driver.recover()
         except BackendError as error:
             _LOG.warning("the fabric did not recover: %s", error)
@@ -312,24 +350,40 @@ class FabricServer:
         package = probe(
             Path(directory), signature_in(message), kind if isinstance(kind, str) else None
         )
+        loaded = self._known(package)
         with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
+            before, started = driver.counters.reconfigurations, self._monotonic()
             driver.load(package)
+            if driver.counters.reconfigurations > before:
+                self._turns.configured(loaded.overlay, self._monotonic() - started)
         # Unique beyond this process: a client may still unload what it had from the one before.
         handle = uuid.uuid4().hex
         with self._guard:
-            client.packages[handle] = package
+            client.packages[handle] = loaded
         return {"ok": True, "handle": handle}
 
+    def _known(self, package: Package) -> _Loaded:
+        """What the package is called among turns: the same for packages with one identity."""
+        with self._guard:
+            known = self._overlays.get(package.identity)
+            if known is None:
+                self._next_overlay += 1
+                known = _Loaded(
+                    package,
+                    self._next_overlay,
+                    tuple(port.wire.item_bytes for port in package.inputs),
+                    tuple(port.wire.item_bytes for port in package.outputs),
+                )
+                self._overlays[package.identity] = known
+            return known
+
     def _infer(self, client: _Client, connection: _Connection, request: Inference) -> None:
-        package = client.packages.get(request.handle.hex())
-        if package is None:
+        loaded = client.packages.get(request.handle.hex())
+        if loaded is None:
             raise UnknownHandle("this package is not loaded here (any more)")
+        package = loaded.package
         segment = connection.segment
-        layout = lay_out(
-            tuple([port.wire.item_bytes for port in package.inputs]),
-            tuple([port.wire.item_bytes for port in package.outputs]),
-            request.items,
-        )
+        layout = lay_out(loaded.input_bytes, loaded.output_bytes, request.items)
         if (
             segment is None
             or layout is None
@@ -343,21 +397,30 @@ class FabricServer:
         self._requests += 1
         items = [segment.view(place) for place in layout.inputs]
         results = [segment.view(place) for place in layout.outputs]
-        with self._fabric(request.deadline) as driver:
-            try:
-                driver.infer(package, items, request.deadline, results)
-            except BaseException:
-                connection.hurt = True
-                raise
+        swap = self._turns.enter(loaded.overlay, request.deadline)
+        # Until shown otherwise: set before anything can fail.
+        connection.hurt = True
+        with self._holding():
+            if swap:
+                self._configure(loaded)
+            self._driver.infer(package, items, request.deadline, results)
+        connection.hurt = False
 
     def _unload(self, client: _Client, handle: str) -> None:
         with self._guard:
-            package = client.packages.pop(handle, None)
-            shared = package is not None and any(
-                other.identity == package.identity
-                for holder in self._clients.values()
-                for other in holder.packages.values()
-            )
-        if package is not None and not shared:
-            with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
-                driver.unload(package)
+            dropped = client.packages.pop(handle, None)
+        if dropped is None or self._held(dropped):
+            return
+        with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
+            driver.unload(dropped.package)
+        with self._guard:
+            if not self._held(dropped):
+                self._overlays.pop(dropped.package.identity, None)
+        self._turns.forget(dropped.overlay)
+
+    def _held(self, loaded: _Loaded) -> bool:
+        return any(
+            other.package.identity == loaded.package.identity
+            for holder in list(self._clients.values())
+            for other in list(holder.packages.values())
+        )
