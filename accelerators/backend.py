@@ -114,6 +114,14 @@ class WithOptionalInputs(Protocol):
     def optional_inputs(self) -> tuple[TensorSpec, ...]: ...
 
 
+@runtime_checkable
+class Remarked(Protocol):
+    """A backend that stands in for another one of its name, and says why; "" when it does not."""
+
+    @property
+    def note(self) -> str: ...
+
+
 class Backend(Protocol):
     """A kind of compute device that can host models."""
 

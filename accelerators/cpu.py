@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import LoadOptions, Variant
+from .backend import Backend, LoadOptions, Variant
 from .errors import BackendError, BackendUnavailable, InvalidTensor, LoadError
 from .tensors import Array, TensorSpec
 
@@ -40,6 +40,22 @@ _MOST_AUTOMATIC_THREADS = 4
 _LOG_FATAL = 4
 
 
+def onnxruntime_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("onnxruntime") is not None
+    except ImportError:
+        return False
+
+
+def cpu_backend(threads: int = 0) -> Backend:
+    """What is "cpu" here: onnxruntime, or numpy where that is not installed (armv7l)."""
+    if onnxruntime_is_installed():
+        return CpuBackend(threads)
+    from .numpy_backend import NumpyBackend
+
+    return NumpyBackend("cpu")
+
+
 class CpuBackend:
     """Runs variants of kind "onnx". `threads`: intra-op threads where a model does not say."""
 
@@ -51,7 +67,7 @@ class CpuBackend:
     def accepts(self, variant: Variant) -> str | None:
         if variant.kind != ONNX_KIND:
             return f"the cpu runs {ONNX_KIND} variants, not {variant.kind}"
-        if importlib.util.find_spec("onnxruntime") is None:
+        if not onnxruntime_is_installed():
             return "onnxruntime is not installed here (it has no wheels for armv7l)"
         return None
 

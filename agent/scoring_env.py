@@ -14,7 +14,7 @@ from .module_spec import ModuleSpec
 from .runtime.scoring_module import named_model
 
 PREFIX = "SCORING_"
-BACKENDS = ("fpga", "cpu")
+BACKENDS = ("fpga", "cpu", "numpy")
 AUTH_MODES = ("none", "key", "token")
 KEYS = (
     "SCORING_ENDPOINT",
@@ -293,6 +293,7 @@ class _Variables:
         names = tuple(word.strip().lower() for word in text.split(","))
         if len(set(names)) != len(names) or not set(names) <= set(BACKENDS):
             raise self.error(
-                "SCORING_BACKENDS", "each of fpga and cpu at most once, such as 'fpga,cpu'"
+                "SCORING_BACKENDS",
+                "each of fpga and cpu (or numpy) at most once, such as 'fpga,cpu'",
             )
         return names

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..backend import LoadOptions, Session, Variant
-from ..cpu import CpuBackend
+from ..cpu import cpu_backend
 from ..errors import InvalidTensor
 from ..rtl.package import read_offload
 from ..tensors import Array, TensorSpec
@@ -25,7 +25,7 @@ class OffloadedSession:
         halves = read_offload(directory)
         self._core = core
         self._offload = halves.offload
-        cpu = CpuBackend(options.threads)
+        cpu = cpu_backend(options.threads)
         self._before, self._after = (
             cpu.load(directory, Variant("onnx", part.name), options) if part is not None else None
             for part in (halves.before, halves.after)

@@ -61,7 +61,8 @@ class Member:
         self.session = session
         self.variant = variant
         self.name = session.backend
-        self.prompt = self.name == "cpu" and not (isinstance(session, Waiting) and session.may_wait)
+        own = self.name in ("cpu", "numpy")
+        self.prompt = own and not (isinstance(session, Waiting) and session.may_wait)
         self.proven = proven
         self._now = now
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ from ...accelerators.backend import (
     Backend,
     Concurrent,
     LoadOptions,
+    Remarked,
     Session,
     Variant,
     WithOptionalInputs,
@@ -27,10 +28,13 @@ from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, Member, State
 
 PREFERENCE = ("fpga", "cpu")
+# Computes only where a model asks for it by name.
+_ON_REQUEST = ("numpy",)
+_COMPUTING = (*PREFERENCE, *_ON_REQUEST)
 PROBE_SECONDS = 30.0
 
 # Relative and absolute tolerance of the sample's outputs. An overlay computes in a few bits.
-_TOLERANCES = {"cpu": (1e-3, 1e-4)}
+_TOLERANCES = {"cpu": (1e-3, 1e-4), "numpy": (1e-3, 1e-4)}
 _QUANTISED = (5e-2, 5e-2)
 _HALF = (1e-2, 1e-3)
 
@@ -81,7 +85,7 @@ class Loaded:
         # Preferences are among what computes; what only passes on fits any of them.
         self._order = (
             *(options.backends or [name for name in every if name in PREFERENCE]),
-            *(name for name in every if name not in PREFERENCE),
+            *(name for name in every if name not in _COMPUTING),
         )
         self._missing: dict[str, _Missing] = {}
         self._left_out: list[str] = []
@@ -93,7 +97,7 @@ class Loaded:
             self.model.inputs,
             self.model.outputs,
             members,
-            platform=_platform(members),
+            platform=_platform(members, backends),
             timeout=options.timeout,
             optional=_optional(self.model, members),
         )
@@ -124,13 +128,15 @@ class Loaded:
                 continue
             for variant in self.model.variants:
                 reason = backend.accepts(variant)
-                if reason is not None and name not in PREFERENCE:
+                if reason is not None and name not in _COMPUTING:
                     continue
                 if reason is None:
                     try:
                         members.append(self._open(backend, variant))
                         used.add(variant)
                         self._missing.pop(name, None)
+                        if isinstance(backend, Remarked) and backend.note:
+                            self._note(f"{name}: {backend.note}")
                         break
                     except LoadError as error:
                         reason = str(error)
@@ -385,6 +391,10 @@ def _optional(model: Model, members: Sequence[Member]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _platform(members: Sequence[Member]) -> str:
+def _platform(members: Sequence[Member], backends: Mapping[str, Backend]) -> str:
     kinds = [member.variant.split(" ", 1)[0] for member in members]
+    first = members[0].name
+    stand_ins = {name for name, one in backends.items() if isinstance(one, Remarked) and one.note}
+    if first in (*_ON_REQUEST, *stand_ins):
+        return f"numpy_{kinds[0]}"
     return _PLATFORMS.get(kinds[0], f"{members[0].name}_{kinds[0]}")

@@ -19,8 +19,9 @@ from pathlib import Path
 import grpc
 
 from ...accelerators.backend import Backend
-from ...accelerators.cpu import CpuBackend
+from ...accelerators.cpu import cpu_backend
 from ...accelerators.notify import Notifier
+from ...accelerators.numpy_backend import NumpyBackend
 from ...accelerators.parent import die_with_parent
 from ...protos.services import SCORING, handlers
 from .control_service import ControlService
@@ -155,11 +156,12 @@ def make_backends(settings: ScoringSettings, cleanup: ExitStack) -> Mapping[str,
         fpga = FpgaBackend(settings.fabric_socket, settings.board, settings.part)
         cleanup.callback(fpga.close)
         backends[fpga.name] = fpga
-    cpu: Backend = CpuBackend(settings.threads)
+    here: list[Backend] = [cpu_backend(settings.threads), NumpyBackend()]
     if settings.memory_budget_mb:
         # Of the fabric process's memory this one knows nothing.
-        cpu = BudgetedBackend(cpu, Residency(settings.memory_budget_mb * 2**20))
-    backends[cpu.name] = cpu
+        residency = Residency(settings.memory_budget_mb * 2**20)
+        here = [BudgetedBackend(backend, residency) for backend in here]
+    backends.update((backend.name, backend) for backend in here)
     return backends
 
 

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...accelerators.backend import Backend, LoadOptions, Session, Variant, WithOptionalInputs
+from ...accelerators.backend import (
+    Backend,
+    LoadOptions,
+    Remarked,
+    Session,
+    Variant,
+    WithOptionalInputs,
+)
 from ...accelerators.errors import BackendUnavailable, DeadlineExceeded, LoadError
 from ...accelerators.tensors import Array, TensorSpec
 from .instances import Instance
@@ -215,6 +222,7 @@ class BudgetedBackend:
         self._backend = backend
         self._residency = residency
         self.name = backend.name
+        self.note = backend.note if isinstance(backend, Remarked) else ""
 
     def accepts(self, variant: Variant) -> str | None:
         return self._backend.accepts(variant)

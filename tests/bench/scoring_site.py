@@ -144,8 +144,12 @@ class ScoringProcess:
 
 
 @contextmanager
-def scoring_process(socket: Path, *arguments: str) -> Iterator[ScoringProcess]:
-    """`python -m gatelet.agent.scoring.process` on a free port, once it says that it is ready."""
+def scoring_process(
+    socket: Path, *arguments: str, env: Mapping[str, str] | None = None
+) -> Iterator[ScoringProcess]:
+    """`python -m gatelet.agent.scoring.process` on a free port, once it says that it is ready.
+
+    `env`: the whole environment, None for this process's."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "gatelet.agent.scoring.process"),
@@ -155,6 +159,7 @@ def scoring_process(socket: Path, *arguments: str) -> Iterator[ScoringProcess]:
         ],
         stderr=subprocess.PIPE,
         text=True,
+        env=None if env is None else dict(env),
     )
     try:
         line = _line_with(process, "scoring ready")

@@ -18,6 +18,7 @@ from gatelet.accelerators.errors import (
     InvalidTensor,
     LoadError,
 )
+from gatelet.accelerators.numpy_backend import NumpyBackend
 from gatelet.accelerators.tensors import NUMPY_DTYPES, TensorSpec
 from onnx import helper
 
@@ -38,7 +39,10 @@ def _write_onnx(folder: Path) -> Variant:
     return Variant("onnx", "onnx/model.onnx")
 
 
-CASES = {"cpu": Case(CpuBackend, _write_onnx, Variant("finn", "overlay", "pynq-z2"))}
+CASES = {
+    "cpu": Case(CpuBackend, _write_onnx, Variant("finn", "overlay", "pynq-z2")),
+    "numpy": Case(NumpyBackend, _write_onnx, Variant("finn", "overlay", "pynq-z2")),
+}
 
 
 @pytest.fixture(params=sorted(CASES))
