@@ -1,15 +1,23 @@
-"""What our path to the FPGA adds: `python tests/bench/bench_fpga.py [--json] [--seconds S]`.
+"""What our path to the FPGA adds: `python tests/bench/bench_fpga.py [WHAT] [--json] [--seconds S]`.
 
-Microseconds per transfer (p50) of as many bytes each way, on one simulated board whose core gives
-back what it takes:
+WHAT is `path` (the default), `overlays` or `packing`.
+
+path: microseconds per transfer (p50) of as many bytes each way, on one simulated board whose core
+gives back what it takes:
 
     bare     the registers of the AXI DMA through pynq's MMIO, buffers flushed whole, no checks
     pynq     pynq's own DMA class
     ours     our driver in process, with deadline, error bits, length check and lock
-    hop      a request of the scoring process to the fabric process, over its socket
+    hop      a request of the scoring process to the fabric process, through shared memory
 
 The simulated registers take 1 to 2 us each, more than real ones, so the rows tell how many accesses
 a path makes and what Python costs around them; they say nothing about a board's throughput.
+
+overlays: two overlays with bitstreams of 4 MB (about 30 ms to configure), two clients each that ask
+again as soon as they have an answer, by our rules and strictly in order of arrival: requests and
+configurations a second, and the 99th percentile and the longest of the answers in milliseconds.
+
+packing: milliseconds to encode and decode 1,048,576 elements, per datatype.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +48,10 @@ from gatelet.simulator.board.bitstream import DATE, TIME, header_part
 from gatelet.simulator.board.boards import simulated_board
 from gatelet.simulator.board.handoff import StreamDesign, encode_handoff
 
+PACKED = (
+    "BIPOLAR", "BINARY", "INT2", "INT3", "INT4", "INT5", "INT7", "INT8", "INT12", "INT16", "INT24",
+    "INT32",
+)  # fmt: skip
 SIZES = (64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 Z2 = simulated_board("pynq-z2").part
 
@@ -170,12 +183,131 @@ def measure(root: Path, seconds: float) -> dict[int, dict[str, float]]:
     return table
 
 
+def write_large_loopback(directory: Path, seed: int) -> Signature:
+    """A loopback of 64 bytes whose bitstream is as large as a Z7020's."""
+    from gatelet.accelerators.fpga.bitfile import Bitfile, encode_bitfile
+
+    signature = write_loopback(directory, 64)
+    bitfile = Bitfile(
+        f"loop{seed}", header_part(Z2), DATE, TIME, bytes((seed,) * 4) + bytes(4 << 20)
+    )
+    (directory / "loop.bit").write_bytes(encode_bitfile(bitfile))
+    return signature
+
+
+def measure_overlays(root: Path, seconds: float) -> dict[str, dict[str, float]]:
+    from gatelet.accelerators.fpga.board import board_named
+    from gatelet.accelerators.fpga.schedule import Policy
+    from gatelet.accelerators.fpga.server import FabricServer
+    from gatelet.simulator.board.device import activate
+
+    activate(simulated_board("pynq-z2"))
+    signatures = [write_large_loopback(root / str(seed), seed) for seed in (1, 2)]
+    table: dict[str, dict[str, float]] = {}
+    arrival = Policy(patience=0.0, hold=0.0, linger=0.0)
+    for name, policy in (("ours", Policy()), ("arrival", arrival)):
+        driver = FabricDriver(root / "lock", Z2)
+        driver.open()
+        server = FabricServer(driver, root / f"{name}.sock", board_named("pynq-z2"), policy=policy)
+        server.start()
+        backend = FpgaBackend(root / f"{name}.sock", "pynq-z2", Z2)
+        sessions = [
+            backend.load(
+                root,
+                Variant("hls4ml", str(seed)),
+                LoadOptions(inputs=signature.inputs, outputs=signature.outputs),
+            )
+            for seed, signature in zip((1, 2), signatures, strict=True)
+        ]
+        before = driver.counters.reconfigurations
+        end = time.perf_counter() + seconds
+        times: list[float] = []
+
+        def ask(session: Any, end: float = end, times: list[float] = times) -> None:
+            tensor = np.zeros((1, 16), np.float32)
+            while (started := time.perf_counter()) < end:
+                session.run({"x": tensor}, None, time.monotonic() + 10)
+                times.append(time.perf_counter() - started)
+
+        clients = [threading.Thread(target=ask, args=(session,)) for session in sessions * 2]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        times.sort()
+        table[name] = {
+            "requests/s": len(times) / seconds,
+            "configurations/s": (driver.counters.reconfigurations - before) / seconds,
+            "p99 ms": times[len(times) * 99 // 100] * 1e3,
+            "longest ms": times[-1] * 1e3,
+        }
+        for session in sessions:
+            session.close()
+        backend.close()
+        server.stop()
+    return table
+
+
+def measure_packing(seconds: float) -> dict[str, dict[str, float]]:
+    from gatelet.accelerators.fpga.elements import finn_element, to_codes, to_values
+    from gatelet.accelerators.fpga.packing import pack, unpack
+
+    table: dict[str, dict[str, float]] = {}
+    count = 1 << 20
+    for name in PACKED:
+        element = finn_element(name)
+        values = np.random.default_rng(1).integers(element.low, element.high + 1, (1, count))
+        values = values.astype(element.container)
+        if element.kind == "bipolar":
+            values[values == 0] = 1
+        raw = pack(to_codes(values, element), element)
+
+        def encode(values: Any = values, element: Any = element) -> Any:
+            return pack(to_codes(values, element), element)
+
+        def decode(raw: Any = raw, element: Any = element) -> Any:
+            return to_values(unpack(raw, count, element), element, element.container)
+
+        assert np.array_equal(decode(), values)
+        table[name] = {
+            what: median_of(step, seconds) * 1e3
+            for what, step in (("encode ms", encode), ("decode ms", decode))
+        }
+    return table
+
+
+def median_of(step: Callable[[], Any], seconds: float) -> float:
+    times = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def print_rows(table: dict[str, dict[str, float]]) -> None:
+    names = list(next(iter(table.values())))
+    print(f"{'':>10}" + "".join(f"{name:>18}" for name in names))
+    for name, row in table.items():
+        print(f"{name:>10}" + "".join(f"{row[column]:18.2f}" for column in names))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What our path to the FPGA adds.")
+    parser.add_argument("what", nargs="?", choices=("path", "overlays", "packing"), default="path")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     arguments = parser.parse_args()
+    if arguments.what == "packing":
+        rows = measure_packing(arguments.seconds / 4)
+        print(json.dumps(rows)) if arguments.json else print_rows(rows)
+        return
     with tempfile.TemporaryDirectory() as root:
+        if arguments.what == "overlays":
+            rows = measure_overlays(Path(root), 5 * arguments.seconds)
+            print(json.dumps(rows)) if arguments.json else print_rows(rows)
+            return
         table = measure(Path(root), arguments.seconds)
     if arguments.json:
         print(json.dumps(table))
