@@ -101,7 +101,9 @@ def trust(config: AgentConfig) -> Outcome:
     try:
         found = load_trust(config.trust)
     except ConfigError as failure:
-        return error(str(failure), "correct [trust] in agent.toml; without it the agent stops")
+        return error(
+            str(failure), "correct [trust] in agent.toml: the agent does not start like this"
+        )
     asked = ["manifests"] if found.manifests_required else []
     asked += [
         f"images of {rule.prefix or 'every registry'}" for rule in found.images if rule.require

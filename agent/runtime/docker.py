@@ -225,7 +225,14 @@ class DockerRuntime:
         leftover = inspected(client, spec.name)
         if leftover is not None:
             labels = leftover["Config"].get("Labels") or {}
-            if labels.get(DEVICE_LABEL) != self._device or MODULE_LABEL not in labels:
+            owner = labels.get(DEVICE_LABEL)
+            if MODULE_LABEL in labels and owner not in (None, self._device):
+                raise RuntimeFailed(
+                    f"cannot {doing}: gatelet's device {owner} has a container of this name on the "
+                    "same engine; give one of the two modules another name",
+                    retryable=False,
+                )
+            if owner != self._device or MODULE_LABEL not in labels:
                 raise RuntimeFailed(
                     f"cannot {doing}: container {leftover['Id'][:12]} of image "
                     f"{leftover['Config'].get('Image')} has this name and is not gatelet's; "

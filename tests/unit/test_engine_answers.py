@@ -13,7 +13,8 @@ from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import ClassVar
 
 import pytest
-from gatelet.agent.runtime.container import PullProgress, RuntimeFailed
+import pytest_asyncio
+from gatelet.agent.runtime.container import ContainerSpec, PullProgress, RuntimeFailed
 from gatelet.agent.runtime.docker import DockerRuntime
 from gatelet.agent.runtime.drift import drift
 from gatelet.agent.runtime.engine_errors import explained, unreachable
@@ -87,6 +88,7 @@ class _Engine(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     removed: ClassVar[list[str]] = []
+    labels: ClassVar[dict[str, str]] = {}
 
     def _answer(self, status, body):
         data = json.dumps(body).encode() if body is not None else b""
@@ -97,7 +99,7 @@ class _Engine(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        config = {"Labels": {}, "Image": "x"}
+        config = {"Labels": self.labels, "Image": "x"}
         found = {"Id": "a" * 64, "Config": config, "HostConfig": {"NetworkMode": "none"}}
         self._answer(200, found if "/containers/" in self.path else {"ApiVersion": "1.41"})
 
@@ -119,20 +121,34 @@ class _Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
 
 
-async def test_a_container_whose_start_was_cut_short_is_made_anew():
+@pytest_asyncio.fixture
+async def runtime():
     with tempfile.TemporaryDirectory(prefix="g-") as folder:
         path = Path(folder) / "s"
         with _Server(str(path), _Engine) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.05,))
             thread.start()
-            runtime = DockerRuntime(path, "edge-1")
+            found = DockerRuntime(path, "edge-1")
             try:
-                with pytest.raises(RuntimeFailed, match="made anew") as failed:
-                    await runtime.start("web")
+                yield found
             finally:
-                await runtime.close()
+                await found.close()
                 server.shutdown()
                 thread.join()
+
+
+async def test_the_container_of_another_device_is_named_as_such(runtime, monkeypatch):
+    labels = {"io.gatelet.module": "web", "io.gatelet.device": "edge-2"}
+    monkeypatch.setattr(_Engine, "labels", labels)
+    spec = ContainerSpec("web", "web", "r/x:1", "sha256:" + "a" * 64, "{}")
+    with pytest.raises(RuntimeFailed, match="device edge-2 has a container of this name") as failed:
+        await runtime.create(spec)
+    assert not failed.value.retryable
+
+
+async def test_a_container_whose_start_was_cut_short_is_made_anew(runtime):
+    with pytest.raises(RuntimeFailed, match="made anew") as failed:
+        await runtime.start("web")
     assert failed.value.retryable
     assert ["/containers/web" in path for path in _Engine.removed] == [True]
 
