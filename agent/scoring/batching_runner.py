@@ -22,6 +22,7 @@ from .batching import (
     normalised_priority,
 )
 from .batching_job import Answer, Done, Execute, Job, Results, too_late
+from .batching_pace import Pace
 from .batching_stack import split, stack
 from .errors import DEFECT, Code, ScoringError
 from .statistics import Statistics
@@ -31,9 +32,6 @@ log = logging.getLogger(__name__)
 _IDLE_SECONDS = 10.0
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _RETRY_SECONDS = (0.01, 5.0)
-# Of the newest run in the running average.
-_WEIGHT = 0.2
-_FORGETTING = 1.05
 
 
 class BatchRunner:
@@ -68,9 +66,7 @@ class BatchRunner:
         self._running = 0
         self._runners: set[threading.Thread] = set()
         self._closed = False
-        self._run_seconds = 0.0
-        # Without what other processes took of the time.
-        self._fastest = 0.0
+        self._pace = Pace()
 
     @property
     def pending(self) -> int:
@@ -139,8 +135,8 @@ class BatchRunner:
             with self._lock:
                 if not self._queue:
                     return
-                decision = decide(self._queue, self._now(), self.config, self._run_seconds)
-                short = 0.0 < self._fastest <= longest
+                decision = decide(self._queue, self._now(), self.config, self._pace.mean)
+                short = 0.0 < self._pace.fastest <= longest
                 batch = decision.batch if short and self._running < self.config.slots else ()
                 if not batch:
                     if not self._start_runner():
@@ -199,16 +195,10 @@ class BatchRunner:
             infer_ns = time.perf_counter_ns() - before
         finally:
             self._leave()
-        self._ran(infer_ns / 1e9)
+        self._pace.ran(infer_ns / 1e9)
         took = int((self._now() - arrived) * 1e9)
         self._statistics.answered_alone(self._items(inputs), took, infer_ns)
         return results
-
-    def _ran(self, seconds: float) -> None:
-        self._run_seconds += _WEIGHT * (seconds - self._run_seconds)
-        # Forgets slowly, for models that turn slower.
-        fastest = self._fastest * _FORGETTING
-        self._fastest = min(seconds, fastest) if fastest else seconds
 
     def _wait(self, job: Job, priority: int, arrived: float, wake: bool = True) -> None:
         """Put the job into the queue, if there is room for it."""
@@ -299,7 +289,7 @@ class BatchRunner:
             timeout = _IDLE_SECONDS
             if self._queue:
                 now = self._now()
-                decision = decide(self._queue, now, self.config, self._run_seconds)
+                decision = decide(self._queue, now, self.config, self._pace.mean)
                 batch = decision.batch if self._running < self.config.slots else ()
                 if batch or decision.expired:
                     self._running += bool(batch)
@@ -339,7 +329,7 @@ class BatchRunner:
             for job in jobs:
                 job.finish(ScoringError(Code.INTERNAL, f"{self._name}: {DEFECT}"))
         took = self._now() - started
-        self._ran(took)
+        self._pace.ran(took)
 
     def _alone(self, job: Job) -> None:
         before = time.perf_counter_ns()
@@ -394,7 +384,7 @@ class BatchRunner:
     def _full(self) -> ScoringError:
         low, high = _RETRY_SECONDS
         batches = len(self._queue) / max(1, self.config.max_batch * self.config.slots)
-        after = min(high, max(low, batches * self._run_seconds))
+        after = min(high, max(low, batches * self._pace.mean))
         return ScoringError(
             Code.UNAVAILABLE,
             f"{self._name}: {len(self._queue)} requests are waiting already; try again in "

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from enum import Enum
 from time import monotonic
 from typing import Any, Protocol
 
@@ -14,7 +13,6 @@ import httptools
 
 from .errors import DEFECT
 from .http_types import (
-    PHRASES,
     Handler,
     HttpLimits,
     HttpRequest,
@@ -23,31 +21,13 @@ from .http_types import (
     error_response,
     retry_after,
 )
+from .http_wire import Phase, common_name, head_of, header_name
 
 log = logging.getLogger(__name__)
 
 # Requests that a client may send before it has the answers to earlier ones.
 _PIPELINED = 16
-# Bytes that are no body, such as sizes of chunks and trailers, between two parts of a body.
-_BETWEEN = 64 * 1024
 _CHUNK = 64 * 1024
-# As common clients write them.
-_NAMES = {
-    spelled.encode(): name.lower()
-    for name in (
-        "Accept",
-        "Accept-Encoding",
-        "Authorization",
-        "Connection",
-        "Content-Length",
-        "Content-Type",
-        "Host",
-        "Inference-Header-Content-Length",
-        "Traceparent",
-        "User-Agent",
-    )
-    for spelled in (name, name.lower())
-}
 
 
 class Host(Protocol):
@@ -61,18 +41,6 @@ class Host(Protocol):
     def reserve(self, size: int) -> bool: ...
     def release(self, size: int) -> None: ...
     def post(self, work: Callable[[], None]) -> None: ...
-
-
-class Phase(Enum):
-    """Where a connection is; `WAITING` is between requests, `ANSWERING` has one in work, and
-    `LINGERING` only waits for the client to read why it was refused."""
-
-    NEW = 0
-    WAITING = 1
-    HEADERS = 2
-    BODY = 3
-    ANSWERING = 4
-    LINGERING = 5
 
 
 class Connection(asyncio.Protocol):
@@ -115,7 +83,7 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self._client = str(peer[0]) if isinstance(peer, tuple) else "unix"
         certificate = transport.get_extra_info("peercert")
-        self._certificate = _common_name(certificate) if certificate else ""
+        self._certificate = common_name(certificate) if certificate else ""
         if not self._host.joined(self):
             self._refuse(Refusal(503, "too many connections are open; try again", retry_after(1)))
 
@@ -154,6 +122,7 @@ class Connection(asyncio.Protocol):
             if self._head_bytes > self._limits.max_header_bytes + _CHUNK:
                 self._refuse(self._headers_too_large())
         elif self._part is Phase.BODY:
+            # Sizes of chunks and trailers, between two parts of a body.
             self._between += size
             if self._between > self._limits.max_header_bytes + 4 * _CHUNK:
                 self._refuse(Refusal(400, "the body's chunks carry more than data; send data only"))
@@ -191,7 +160,7 @@ class Connection(asyncio.Protocol):
             # A trailer: allowed, and nobody asks for it.
             return
         self._count(len(name) + len(value) + 4)
-        key = _NAMES.get(name) or name.decode("latin-1").lower()
+        key = header_name(name)
         text = value.decode("latin-1").strip()
         before = self._headers.get(key)
         if before is not None and key in ("host", "authorization", "content-type"):
@@ -338,28 +307,16 @@ class Connection(asyncio.Protocol):
         self._held = 0
         self._last = self._last or self._host.stopping
         close = self._last and self._refusal is None
-        self._write(transport, response, close=close, head_only=self._head_only)
+        self._write(transport, response, close, self._head_only)
         if close:
             transport.close()
         else:
             self._next()
 
     def _write(
-        self,
-        transport: asyncio.Transport,
-        response: HttpResponse,
-        *,
-        close: bool,
-        head_only: bool = False,
+        self, transport: asyncio.Transport, response: HttpResponse, close: bool, head_only: bool
     ) -> None:
-        status, body = response.status, response.body
-        lines = [f"HTTP/1.1 {status} {PHRASES.get(status, '')}"]
-        if body or status != 204:
-            lines.append(f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}")
-        lines += [f"{name}: {value}" for name, value in response.headers]
-        if close:
-            lines.append("Connection: close")
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        head, body = head_of(response, close=close), response.body
         if head_only:
             transport.write(head)
         elif len(body) <= _CHUNK:
@@ -379,7 +336,7 @@ class Connection(asyncio.Protocol):
             self._next()
 
     def _tell(self, transport: asyncio.Transport, refusal: Refusal) -> None:
-        self._write(transport, error_response(refusal), close=True)
+        self._write(transport, error_response(refusal), True, False)
         # Closing while a client still sends would reset the connection before it reads the answer.
         self._enter(Phase.LINGERING)
         if transport.can_write_eof():
@@ -438,11 +395,3 @@ class Connection(asyncio.Protocol):
         elif self.phase is Phase.BODY and age > limits.body_grace + self._size / limits.body_rate:
             text = f"the body comes with less than {limits.body_rate} bytes a second; send faster"
             self._refuse(Refusal(408, text))
-
-
-def _common_name(certificate: Any) -> str:
-    for part in certificate.get("subject", ()):
-        for key, value in part:
-            if key == "commonName":
-                return str(value)
-    return ""

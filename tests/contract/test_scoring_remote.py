@@ -248,6 +248,43 @@ def test_a_container_that_dies_and_comes_back(site, client, path, tmp_path) -> N
         assert client.ready("served")
 
 
+def test_a_crashing_container_leaves_hosted_models_untouched(site, client, path, tmp_path) -> None:
+    hosted = onnx_models.scale_folder(tmp_path / "hosted", 3)
+    with container(path, inner=onnx_models.scale_folder(tmp_path / "m", 2)) as inner:
+        load(site, path)
+        site.load("hosted", hosted)
+        for instance in ("m@1", "hosted"):
+            assert site.probe(instance).state == pb.InstanceStatus.READY
+        site.switch({"served": [("m@1", 0, True)], "hosted": [("hosted", 0, True)]})
+        assert scored(client)
+        ended = threading.Event()
+        answers: list[object] = []
+
+        def ask() -> None:
+            with ScoringClient(site.address, timeout=TIMEOUT) as own:
+                while not ended.is_set():
+                    try:
+                        answers.append(own.infer("hosted", X)["total"].tolist())
+                    except ScoringError as error:
+                        answers.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            until(lambda: len(answers) > 20)
+            os.kill(inner.process.pid, signal.SIGSEGV)
+            inner.process.wait(TIMEOUT)
+            crashed = len(answers)
+            with pytest.raises(ScoringError) as caught:
+                client.infer("served", X)
+            until(lambda: len(answers) > crashed + 50)
+        finally:
+            ended.set()
+            asking.join(TIMEOUT)
+        assert caught.value.code is Code.UNAVAILABLE
+        assert [answer for answer in answers if answer != [[12.0]]] == []
+
+
 def test_another_model_at_the_same_socket_is_not_asked(site, client, path, tmp_path) -> None:
     with container(path, inner=onnx_models.scale_folder(tmp_path / "m", 2)):
         deploy(site, path, "inner")

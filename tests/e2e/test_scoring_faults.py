@@ -1,6 +1,6 @@
 """Clients that misbehave and bursts that are too large: the right status, bounded memory, no harm.
 
-Silent gRPC connections and the process being killed are in test_scoring_process.py and
+Silent gRPC connections are in test_scoring_process.py, crashes in test_scoring_crash.py and
 tests/crash.
 """
 
@@ -512,8 +512,12 @@ def test_packed_bodies_count_unpacked(quick: Site) -> None:
 
     def ask() -> None:
         connection = http.client.HTTPConnection(quick.http, timeout=60)
-        connection.request("POST", INFER, packed, {"Content-Encoding": "gzip"})
-        statuses.append(connection.getresponse().status)
+        try:
+            connection.request("POST", INFER, packed, {"Content-Encoding": "gzip"})
+            statuses.append(connection.getresponse().status)
+        except ConnectionError:
+            # Unpacking the others took longer than this site's limit for a first request.
+            statuses.append(503)
         connection.close()
 
     clients = [threading.Thread(target=ask) for _ in range(20)]
@@ -521,7 +525,7 @@ def test_packed_bodies_count_unpacked(quick: Site) -> None:
         client.start()
     for client in clients:
         client.join()
-    assert set(statuses) <= {400, 503}, statuses
+    assert {400} <= set(statuses) <= {400, 503}, statuses
     assert gauge(quick, "gatelet_http_buffered_bytes") == 0
 
 
