@@ -107,7 +107,9 @@ class NumpySession:
         self._specs = {spec.name: spec for spec in (*self.inputs, *self.optional_inputs)}
         self._defaults = {spec.name: graph.constants[spec.name] for spec in self.optional_inputs}
         constants = {key: a for key, a in graph.constants.items() if key not in self._defaults}
-        self._constants, steps = _plan(name, graph, constants, self._specs, self.outputs)
+        # A damaged file may hold scales that are infinite.
+        with np.errstate(all="ignore"):
+            self._constants, steps = _plan(name, graph, constants, self._specs, self.outputs)
         self._steps: tuple[_Step, ...] | None = steps
 
     @property
