@@ -20,7 +20,6 @@ class _Place:
     """Somebody in line; `woken` is set when it is their turn, or never will be."""
 
     woken: threading.Event = field(default_factory=threading.Event)
-    granted: bool = False
     error: BackendUnavailable | DeadlineExceeded | None = None
 
 
@@ -207,7 +206,7 @@ class Turns:
     def _end(self, ticket: int, error: BackendUnavailable | DeadlineExceeded | None) -> None:
         self._fabric = schedule.without(self._fabric, (ticket,))
         place = self._places.pop(ticket)
-        place.granted, place.error = error is None, error
+        place.error = error
         place.woken.set()
 
     # The thread that keeps the time, and configures what is wished for.

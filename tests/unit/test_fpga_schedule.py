@@ -121,8 +121,10 @@ def test_every_request_is_answered_or_refused_by_its_deadline(
             assert fate == "served"
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(2, 4), st.integers(0, 3), st.integers(20, 600), st.sampled_from([0.0, 0.0005]))
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(2, 4), st.integers(0, 3), st.integers(1500, 1800), st.sampled_from([9e-4, 11e-4])
+)
 def test_no_overlay_starves_under_overload(
     overlays: int, rare: int, count: int, gap: float
 ) -> None:
@@ -130,7 +132,7 @@ def test_no_overlay_starves_under_overload(
     rare %= overlays
     busy = [o for o in range(overlays) if o != rare]
     requests = [Waiting(t, busy[t % len(busy)], t * gap) for t in range(count)]
-    requests.append(Waiting(count, rare, count * gap / 2))
+    requests.append(Waiting(count, rare, count * gap / 4))
     run = simulate(requests, overlays)
     _, served = run.fates[count]
     bound = POLICY.patience + overlays * (POLICY.hold + CONFIGURE + SERVE)
