@@ -92,7 +92,7 @@ def _unpacked(path: Path, cleanup: ExitStack) -> Path:
 
 def _backends(arguments: argparse.Namespace, cleanup: ExitStack) -> dict[str, Backend]:
     """The CPU, and the FPGA where the configuration names a board whose process runs."""
-    from ...accelerators.cpu import CpuBackend
+    from ...accelerators.cpu import cpu_backend
 
     backends: dict[str, Backend] = {}
     if arguments.config.exists():
@@ -106,7 +106,7 @@ def _backends(arguments: argparse.Namespace, cleanup: ExitStack) -> dict[str, Ba
             fpga = FpgaBackend(config.fabric_socket, board.name, board.part)
             cleanup.callback(fpga.close)
             backends[fpga.name] = fpga
-    cpu = CpuBackend()
+    cpu = cpu_backend(0)
     backends[cpu.name] = cpu
     return backends
 
