@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -73,9 +74,10 @@ async def test_an_endpoint_with_keys_over_rest(
     new = json.loads(
         await gatelet(device, "keys", "regenerate", "digits", "--key", "primary", "--json")
     )
-    # Within a second, and never anything but the one or the other.
+    # Soon, and never anything but the one or the other.
     statuses = []
-    for _ in range(500):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
         statuses.append((await asyncio.to_thread(score, keys["primary"]))[0])
         if statuses[-1] == 401:
             break
