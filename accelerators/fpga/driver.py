@@ -377,6 +377,7 @@ class FabricDriver:
             engine = open_engine(place)
             engine.prepare()
         except BaseException:
+            # Nobody else knows of these buffers yet. Whatever it was is raised again.
             for buffer in buffers:
                 buffer.freebuffer()
             raise
