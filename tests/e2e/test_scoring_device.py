@@ -102,5 +102,12 @@ async def test_an_endpoint_with_keys_over_rest(
     )
     addresses = (await device.status())["scoring"]
     assert device.processes()["scoring"]["pid"] != before
-    assert (await asyncio.to_thread(score, keys["secondary"]))[0] == 200
+    statuses = []
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:  # 503 while the model is being loaded again
+        statuses.append((await asyncio.to_thread(score, keys["secondary"]))[0])
+        if statuses[-1] == 200:
+            break
+    assert statuses[-1] == 200
+    assert set(statuses) <= {200, 503}
     assert (await asyncio.to_thread(score, None))[0] == 401
