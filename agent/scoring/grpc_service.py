@@ -23,10 +23,10 @@ from .oip_messages import decode_request, encode_metadata, encode_response
 
 log = logging.getLogger(__name__)
 
-_STATUS = {code: grpc.StatusCode[code.value] for code in Code}
+STATUS = {code: grpc.StatusCode[code.value] for code in Code}
 # Deadlines further away than this are no deadlines (grpcio gives infinity without one).
 _LONGEST_SECONDS = 10_000_000.0
-_FAULTS = frozenset({"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
+FAULTS = frozenset({"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
 
 T = TypeVar("T", bound=Message)
 
@@ -142,7 +142,7 @@ class InferenceService:
             request.model_name,
             version,
             status,
-            status in _FAULTS,
+            status in FAULTS,
             now - started,
             now,
             _caller(context, headers).address,
@@ -316,7 +316,7 @@ def _answer(context: grpc.ServicerContext, work: Callable[[], T]) -> T:
             # Clients with a retry policy heed it (gRPC proposal A6).
             milliseconds = str(max(1, round(error.retry_after * 1000)))
             context.set_trailing_metadata((("grpc-retry-pushback-ms", milliseconds),))
-        context.abort(_STATUS[error.code], error.message)
+        context.abort(STATUS[error.code], error.message)
     except Exception:
         # The client gets INTERNAL without our internals, the log the whole traceback.
         log.exception("a scoring request hit a defect of the server")

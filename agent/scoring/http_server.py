@@ -37,10 +37,22 @@ class TlsSource(Protocol):
         """A context with the files of now, if they changed since the last one."""
 
 
+class Member(Protocol):
+    """A connection, as its server looks after it. `since`: when it became what it is."""
+
+    since: float
+
+    @property
+    def idle(self) -> bool: ...
+    def end(self) -> None: ...
+    def abort(self) -> None: ...
+    def sweep(self, now: float) -> None: ...
+
+
 @dataclass(slots=True)
 class _Listener:
     made: socket.socket
-    handler: Handler
+    connect: Callable[[], asyncio.Protocol]
     tls: TlsSource | None
     server: asyncio.Server | None = None
 
@@ -53,7 +65,7 @@ class HttpServer:
         self.stopping = False
         self._listeners: list[_Listener] = []
         self._paths: list[str] = []
-        self._connections: set[Connection] = set()
+        self._connections: set[Member] = set()
         self._buffered = 0
         self._counting = threading.Lock()
         self._posted: deque[Callable[[], None]] = deque()
@@ -69,10 +81,19 @@ class HttpServer:
 
         The address with its real port. Raises AddressUnavailable.
         """
+        return self.listen_with(address, lambda: Connection(self, handler), tls)
+
+    def listen_with(
+        self,
+        address: str,
+        connect: Callable[[], asyncio.Protocol],
+        tls: TlsSource | None = None,
+    ) -> str:
+        """`listen` for connections of another protocol, each a `Member` of this server."""
         made, shown = _bound(address)
         if address.startswith("unix:"):
             self._paths.append(address.removeprefix("unix:"))
-        self._listeners.append(_Listener(made, handler, tls))
+        self._listeners.append(_Listener(made, connect, tls))
         return shown
 
     def start(self) -> None:
@@ -131,7 +152,7 @@ class HttpServer:
         self, listener: _Listener, context: ssl.SSLContext | None
     ) -> asyncio.Server:
         return await self._loop.create_server(
-            lambda: Connection(self, listener.handler),
+            listener.connect,
             # A copy: closing a server closes its socket, and another one may take its place.
             sock=listener.made.dup(),
             ssl=context,
@@ -170,7 +191,7 @@ class HttpServer:
 
     # --- what connections need
 
-    def joined(self, connection: Connection) -> bool:
+    def joined(self, connection: Member) -> bool:
         """False when there are too many, all of them busy; one that idles makes room."""
         self._connections.add(connection)
         if len(self._connections) <= self.limits.max_connections:
@@ -181,7 +202,7 @@ class HttpServer:
         min(idle, key=lambda one: one.since).abort()
         return True
 
-    def left(self, connection: Connection) -> None:
+    def left(self, connection: Member) -> None:
         self._connections.discard(connection)
 
     def reserve(self, size: int) -> bool:

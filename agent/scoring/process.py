@@ -220,6 +220,12 @@ def main(arguments: list[str] | None = None) -> int:
             f"--{name.replace('_', '-')}", type=int, default=0, help=f"{help_text}; 0: automatic"
         )
     parser.add_argument(
+        "--grpc-transport",
+        choices=("grpcio", "http2"),
+        default=defaults["grpc_transport"],
+        help="what speaks gRPC: grpcio's library or this package (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-message-bytes",
         type=int,
         default=defaults["max_message_bytes"],

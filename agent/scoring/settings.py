@@ -15,6 +15,7 @@ class ScoringSettings:
 
     `fabric_socket` None: no FPGA; `board` and `part` say which one it is. `threads`: intra-op
     threads of a model, `grpc_threads`: calls answered at once, each 0 for what fits the cores.
+    `grpc_transport`: grpcio or http2.
     `drain_seconds`: for running requests when told to end. `memory_budget_mb`: of resident
     models together, the longest unused leaves; 0: no limit.
 
@@ -34,6 +35,7 @@ class ScoringSettings:
     part: str | None = None
     threads: int = 0
     grpc_threads: int = 0
+    grpc_transport: str = "grpcio"
     max_message_bytes: int = 64 * 1024 * 1024
     drain_seconds: float = 10.0
     memory_budget_mb: int = 0

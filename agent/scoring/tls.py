@@ -32,11 +32,12 @@ Stamp = tuple[tuple[int, int], ...]
 class TlsFiles:
     """What one listener serves with. Files that cannot be used leave the old ones in place."""
 
-    def __init__(self, settings: TlsSettings) -> None:
+    def __init__(self, settings: TlsSettings, alpn: str = "http/1.1") -> None:
         """Raises TlsUnusable."""
         if settings.require_client_certificate and settings.client_ca_file is None:
             raise TlsUnusable("require-client-certificate needs client-ca-file")
         self._settings = settings
+        self._alpn = alpn
         self._stamp = self._look()
         self._context = self._load()
 
@@ -104,7 +105,7 @@ class TlsFiles:
         settings = self._settings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
+        context.set_alpn_protocols([self._alpn])
         try:
             context.load_cert_chain(settings.cert_file, settings.key_file)
             if settings.client_ca_file is not None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from .access import KEY, NONE, Access
 from .dataplane import DataPlane
 from .grpc_server import AddressUnavailable, GrpcLimits, GrpcServer
+from .h2_connection import GrpcConnection
+from .h2_service import GrpcCalls
 from .http_server import HttpServer
 from .http_service import HttpService
 from .http_types import HttpLimits
@@ -40,6 +42,7 @@ class Transports:
         http = http_limits or replace(HttpLimits(), max_body_bytes=largest)
         self.grpc_address = self.http_address = self.metrics_address = ""
         self._grpc: GrpcServer | None = None
+        self._calls: GrpcCalls | None = None
         access = make_access(plane, settings)
         self._spans = (
             OtlpExporter(settings.otlp_url, "gatelet-scoring", plane.server_metadata().version)
@@ -71,6 +74,17 @@ class Transports:
                     settings.metrics_address, metrics, _tls(settings)
                 )
             if settings.grpc_address:
+                if settings.grpc_transport == "http2":
+                    calls = GrpcCalls(plane, limits, self._http, access, observer)
+                    undo.callback(calls.close)
+                    self._calls = calls
+                    self.grpc_address = self._http.listen_with(
+                        settings.grpc_address,
+                        lambda: GrpcConnection(self._http, calls),
+                        _tls(settings, "h2"),
+                    )
+                    undo.pop_all()
+                    return
                 tls = _tls(settings)
                 credentials = None if tls is None else tls.credentials()
                 self._grpc = GrpcServer(
@@ -86,12 +100,16 @@ class Transports:
 
     def stop(self, drain: float) -> None:
         """Take no more requests, give running ones `drain` seconds, and wait for the end."""
+        if self._calls is not None:
+            self._calls.stop()
         ending = threading.Thread(target=self._http.stop, args=(drain,), name="http-end")
         ending.start()
         if self._grpc is not None:
             self._grpc.stop(drain)
         ending.join()
         self._service.close()
+        if self._calls is not None:
+            self._calls.close()
         if self._spans is not None:
             self._spans.close()
 
@@ -134,10 +152,10 @@ def is_local(address: str) -> bool:
         return False
 
 
-def _tls(settings: ScoringSettings) -> TlsFiles | None:
+def _tls(settings: ScoringSettings, alpn: str = "http/1.1") -> TlsFiles | None:
     if settings.tls is None:
         return None
     try:
-        return TlsFiles(settings.tls)
+        return TlsFiles(settings.tls, alpn)
     except TlsUnusable as error:
         raise AddressUnavailable(str(error)) from None

@@ -13,6 +13,7 @@ import venv
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -66,13 +67,19 @@ def onnx_file(folder: Path) -> Path:
 
 @contextmanager
 def gatelet(
-    work: Path, models: Mapping[str, Path], checks: Mapping[str, oip.ModelInferRequest]
+    work: Path,
+    models: Mapping[str, Path],
+    checks: Mapping[str, oip.ModelInferRequest],
+    transport: str = "grpcio",
 ) -> Iterator[Running]:
     """The scoring process, with each model once run singly and once together."""
     ways = {"singly": 1, "together": 32}
     began = time.perf_counter()
     http = free_port()
-    arguments = ("--http-address", f"127.0.0.1:{http}", "--metrics-address", "")
+    arguments = (
+        *("--http-address", f"127.0.0.1:{http}", "--metrics-address", ""),
+        *("--grpc-transport", transport),
+    )
     with scoring_site.scoring_process(work / "s", *arguments) as scoring:
         routes = {}
         for name, folder in models.items():
@@ -152,7 +159,13 @@ def kserve(
         yield running
 
 
-SERVERS = {"gatelet": gatelet, "grpcio": minimal, "mlserver": mlserver, "kserve": kserve}
+SERVERS = {
+    "gatelet": gatelet,
+    "gatelet-http2": partial(gatelet, transport="http2"),
+    "grpcio": minimal,
+    "mlserver": mlserver,
+    "kserve": kserve,
+}
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import signal
 import subprocess
@@ -108,6 +109,7 @@ def serve(
         "grpc_address": address,
         "http_address": http_address,
         "metrics_address": "127.0.0.1:0",
+        "grpc_transport": os.environ.get("GATELET_TEST_GRPC_TRANSPORT", "grpcio"),
         **(settings or {}),
     }
     server = Transports(

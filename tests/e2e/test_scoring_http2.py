@@ -1,0 +1,320 @@
+"""The HTTP/2 transport of gRPC: raw peers, h2load and curl against real connections."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from gatelet.agent.scoring import h2_frames as h2
+from gatelet.agent.scoring.grpc_server import GrpcLimits
+from gatelet.agent.scoring.h2_headers import literals
+from gatelet.protos import open_inference_pb2 as oip
+from gatelet.protos.services import InferenceStub
+
+from ..bench import onnx_models
+from ..bench.scoring_site import Site, serve
+
+QUICK = GrpcLimits(
+    handshake_timeout_ms=300, max_connection_idle_ms=700, max_message_bytes=4_000_000
+)
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+X = np.arange(4, dtype=np.float32).reshape(1, 4)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("http2")
+    with serve(folder / "s", limits=QUICK, settings={"grpc_transport": "http2"}) as site:
+        site.deploy(
+            {
+                "e": onnx_models.scale_folder(folder / "m", 2.0),
+                "big": onnx_models.identity_folder(folder / "big", "FP32"),
+            }
+        )
+        yield site
+
+
+def request(model: str = "e", x: np.ndarray = X) -> oip.ModelInferRequest:
+    made = oip.ModelInferRequest(model_name=model, raw_input_contents=[x.tobytes()])
+    made.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    return made
+
+
+def framed(message: bytes, flag: int = 0) -> bytes:
+    return bytes((flag,)) + len(message).to_bytes(4, "big") + message
+
+
+class Peer:
+    """A client made of frames."""
+
+    def __init__(self, site: Site, settings: dict[int, int] | None = None) -> None:
+        host, _, port = site.address.rpartition(":")
+        self.link = socket.create_connection((host, int(port)), timeout=15)
+        self.send(h2.PREFACE, h2.settings(settings or {}))
+        self._buffer = b""
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.link.close()
+
+    def send(self, *frames: bytes) -> None:
+        self.link.sendall(b"".join(frames))
+
+    def call(
+        self, number: int, body: bytes, *more: tuple[bytes, bytes], path: str = INFER, end: int = 1
+    ) -> None:
+        fields = [
+            *((b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode())),
+            *((b"content-type", b"application/grpc"), (b"te", b"trailers"), *more),
+        ]
+        self.send(h2.frame(h2.HEADERS, 4, number, literals(fields)))
+        for at in range(0, len(body), h2.MAX_FRAME):
+            part = body[at : at + h2.MAX_FRAME]
+            last = end if at + len(part) == len(body) else 0
+            self.send(h2.frame(h2.DATA, last, number, part))
+
+    def frames(self) -> Iterator[tuple[int, int, int, bytes]]:
+        while True:
+            while len(self._buffer) >= 9:
+                first, flags, stream = h2.unpack_head(self._buffer, 0)
+                end = 9 + (first >> 8)
+                if len(self._buffer) < end:
+                    break
+                payload, self._buffer = self._buffer[9:end], self._buffer[end:]
+                yield first & 255, flags, stream, payload
+            try:
+                data = self.link.recv(65536)
+            except ConnectionResetError:
+                return
+            if not data:
+                return
+            self._buffer += data
+
+    def ended(self, number: int) -> bytes:
+        """All the payloads of a stream, once it has ended."""
+        got = b""
+        for kind, flags, stream, payload in self.frames():
+            if stream == number and kind in (h2.DATA, h2.HEADERS):
+                got += payload
+                if flags & h2.END_STREAM:
+                    return got
+        raise AssertionError(f"closed before the end of {number}: {got!r}")
+
+    def goodbye(self) -> int:
+        """The code of GOAWAY, once the connection is closed."""
+        codes = [int.from_bytes(f[3][4:8], "big") for f in self.frames() if f[0] == h2.GOAWAY]
+        return codes[-1] if codes else -1
+
+
+def status(answer: bytes) -> int:
+    at = answer.index(b"grpc-status") + len(b"grpc-status")
+    return int(answer[at + 1 : at + 1 + answer[at]])
+
+
+def answered(site: Site) -> None:
+    with grpc.insecure_channel(site.address) as channel:
+        answer = InferenceStub(channel).model_infer(request(), 10)
+    assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == [0, 2, 4, 6]
+
+
+def test_interleaved_calls_on_one_connection(site: Site) -> None:
+    body = framed(request().SerializeToString())
+    with Peer(site) as peer:
+        for number in (1, 3, 5):
+            peer.call(number, body, end=1)
+        assert [status(peer.ended(number)) for number in (1, 3, 5)] == [0, 0, 0]
+
+
+def test_gzip_and_other_encodings(site: Site) -> None:
+    plain = request().SerializeToString()
+    with Peer(site) as peer:
+        peer.call(1, framed(gzip.compress(plain), 1), (b"grpc-encoding", b"gzip"))
+        assert status(peer.ended(1)) == 0
+        peer.call(3, framed(plain), (b"grpc-encoding", b"snappy"))
+        answer = peer.ended(3)
+        assert status(answer) == 12
+        assert b"identity, gzip" in answer
+        peer.call(5, framed(plain, 1))
+        assert status(peer.ended(5)) == 13
+        bomb = gzip.compress(bytes(50_000_000))
+        peer.call(7, framed(bomb, 1), (b"grpc-encoding", b"gzip"))
+        assert status(peer.ended(7)) == 8
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"\0\0\0\0", 13),
+        (framed(b"abc")[:-1], 13),
+        (framed(b"a") + framed(b"b"), 13),
+        (framed(b"\xff\xff\xff"), 13),
+        (b"\0\x7f\xff\xff\xff" + bytes(100), 8),
+    ],
+)
+def test_bodies_that_are_no_message(site: Site, body: bytes, expected: int) -> None:
+    with Peer(site) as peer:
+        peer.call(1, body)
+        assert status(peer.ended(1)) == expected
+    answered(site)
+
+
+def test_headers_that_are_no_call(site: Site) -> None:
+    with Peer(site) as peer:
+        peer.call(1, framed(b""), path="/nothing/Here")
+        assert status(peer.ended(1)) == 12
+        peer.call(3, framed(b""), (b"grpc-timeout", b"soon"))
+        assert status(peer.ended(3)) == 13
+        peer.call(5, framed(b""), (b"x-large", b"y" * 16_200), path=INFER)
+        assert status(peer.ended(5)) == 8
+        fields = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/")]
+        peer.send(h2.frame(h2.HEADERS, 5, 7, literals(fields)))
+        assert b"405" in peer.ended(7)
+    answered(site)
+
+
+def test_http1_is_told_so(site: Site) -> None:
+    host, _, port = site.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as link:
+        link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        got = b""
+        while data := link.recv(4096):
+            got += data
+    assert got.startswith(b"HTTP/1.1 400")
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+
+
+def test_silent_and_idle_connections_are_closed(site: Site) -> None:
+    host, _, port = site.address.rpartition(":")
+    started = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=10) as silent, Peer(site) as idle:
+        assert idle.goodbye() == 0
+        while silent.recv(4096):
+            pass
+    assert time.monotonic() - started < 5
+
+
+def test_floods_end_the_connection_only(site: Site) -> None:
+    fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", INFER.encode())]
+    block = literals([*fields, (b"content-type", b"application/grpc")])
+    resets = b"".join(
+        h2.frame(h2.HEADERS, 4, n, block) + h2.rst_stream(n, h2.ErrorCode.CANCEL)
+        for n in range(1, 8001, 2)
+    )
+    pings = h2.frame(h2.PING, 0, 0, bytes(8)) * 5000
+    for flood in (resets, pings, h2.settings({}) * 5000):
+        with Peer(site) as peer:
+            sender = threading.Thread(target=lambda flood=flood: _try(peer, flood))
+            sender.start()
+            assert peer.goodbye() == h2.ErrorCode.ENHANCE_YOUR_CALM
+            sender.join()
+    answered(site)
+
+
+def _try(peer: Peer, data: bytes) -> None:
+    try:
+        peer.send(data)
+    except OSError:
+        pass
+
+
+def test_an_answer_waits_for_a_small_window(site: Site) -> None:
+    x = np.arange(50_000, dtype=np.float32).reshape(-1, 2)
+    with Peer(site, {h2.INITIAL_WINDOW_SIZE: 1000}) as peer:
+        peer.call(1, framed(request("big", x).SerializeToString()))
+        got = b""
+        for kind, flags, stream, payload in peer.frames():
+            if kind == h2.DATA:
+                assert len(payload) <= 1000
+                got += payload
+                peer.send(h2.window_update(1, len(payload)), h2.window_update(0, len(payload)))
+            if stream == 1 and flags & h2.END_STREAM and kind == h2.HEADERS:
+                break
+    assert x.tobytes() in got
+
+
+def test_random_and_mutated_bytes(site: Site) -> None:
+    random_ = random.Random(5)
+    body = framed(request().SerializeToString())
+    memory = psutil.Process().memory_info().rss
+    fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", INFER.encode())]
+    block = literals([*fields, (b"content-type", b"application/grpc")])
+    whole = h2.frame(h2.HEADERS, 4, 1, block) + h2.frame(h2.DATA, 1, 1, body)
+    for round_ in range(300):
+        data = bytearray(whole * 2 if round_ % 2 else random_.randbytes(400))
+        for _ in range(random_.randrange(1, 9)):
+            data[random_.randrange(len(data))] = random_.randrange(256)
+        with Peer(site) as peer:
+            _try(peer, bytes(data))
+    answered(site)
+    assert psutil.Process().memory_info().rss - memory < 100 * 2**20
+
+
+def test_curl_and_h2load(site: Site, tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(framed(request().SerializeToString()))
+    url = f"http://{site.address}{INFER}"
+    headers = ("-H", "content-type: application/grpc", "-H", "te: trailers")
+    done = subprocess.run(
+        ["curl", "-s", "--http2-prior-knowledge", "--data-binary", f"@{body}", *headers, url],
+        capture_output=True,
+        timeout=20,
+        check=True,
+    )
+    assert (2 * X).tobytes() in done.stdout
+    load = subprocess.run(
+        ["h2load", "-n", "2000", "-c", "4", "-m", "8", "-d", str(body), *headers, url],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "2000 succeeded, 0 failed, 0 errored" in load.stdout
+
+
+def test_calls_under_way_are_answered_when_it_stops(tmp_path: Path) -> None:
+    settings = {"grpc_transport": "http2"}
+    folder = onnx_models.scale_folder(tmp_path / "m", 2.0)
+    codes: list[str] = []
+    with serve(tmp_path / "s", settings=settings, address=f"unix:{tmp_path}/g") as site:
+        site.deploy({"e": folder})
+        stop = threading.Event()
+
+        def ask() -> None:
+            with grpc.insecure_channel(site.address) as channel:
+                stub = InferenceStub(channel)
+                while not stop.is_set():
+                    try:
+                        stub.model_infer(request(), 5)
+                        codes.append("OK")
+                    except grpc.RpcError as error:
+                        codes.append(error.code().name)
+                        return
+
+        askers = [threading.Thread(target=ask) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        while len(codes) < 200:
+            stop.wait(0.01)
+        assert site.server is not None
+        site.server.stop(2.0)
+        stop.set()
+        for asker in askers:
+            asker.join(10)
+    # Those refused never began, and say so.
+    assert set(codes) <= {"OK", "UNAVAILABLE"}
+    assert codes.count("UNAVAILABLE") <= 4
+    assert not os.path.exists(tmp_path / "g")
