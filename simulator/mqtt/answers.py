@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from .handler import Limits
 from .packets import NO_PROPERTIES, V5, V311, ConnAck, Packet, PingResp, Properties, ReasonCode

@@ -16,8 +16,9 @@ import asyncio
 import secrets
 import ssl as ssl_module
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from ...agent.clock import Clock
 from .access import AccessList, Grant, identify

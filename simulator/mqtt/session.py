@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
+
+from msgspec.structs import replace
 
 from .packets import (
     NO_PROPERTIES,

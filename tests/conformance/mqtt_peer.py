@@ -24,6 +24,7 @@ from gatelet.simulator.mqtt.packets import (
     Subscribe,
     Subscription,
 )
+from msgspec.structs import replace
 
 # What conftest found: test names by number and version, and the files they are in.
 COLLECTED = pytest.StashKey[dict[str, dict[str, list[str]]]]()
@@ -168,9 +169,7 @@ class Site:
         """`expiry` is left out of 3.1.1, where `clean` decides; `more` is for Connect."""
         if version == V5 and expiry:
             given = more.get("properties", Properties())
-            names = given.__dataclass_fields__
-            values = {name: getattr(given, name) for name in names}
-            more["properties"] = Properties(**{**values, "session_expiry_interval": expiry})
+            more["properties"] = replace(given, session_expiry_interval=expiry)
         peer = await self.open(version)
         await peer.send(Connect(client_id, version, clean, **more))
         answer = await peer.receive()

@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import paho.mqtt.client as mqtt
 import pytest
 from gatelet.agent.twin.backoff import full_jitter
@@ -520,7 +521,7 @@ async def test_a_shorter_keep_alive_of_the_broker_is_heeded() -> None:
     class Strict(Broker):
         async def on_connect(self, connection: Any, connect: Any) -> Any:
             decision = await super().on_connect(connection, connect)
-            properties = dataclasses.replace(decision.properties, server_keep_alive=1)
+            properties = msgspec.structs.replace(decision.properties, server_keep_alive=1)
             return dataclasses.replace(decision, properties=properties)
 
     broker = Strict()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 from gatelet.simulator.mqtt import codec
 from gatelet.simulator.mqtt import properties as at
@@ -388,7 +387,7 @@ def test_known_bytes() -> None:
     assert decode(data) == Connect("", V311, True, 60)
     assert encode(Publish("a/b", b"hi", 1, packet_id=10), V311).hex() == "32090003612f62000a6869"
     assert encode(PubAck(10, 0x10), V5).hex() == "4003000a10"
-    will = dataclasses.replace(Connect("d", V5), will=Will("w", b"x", 1, True))
+    will = msgspec.structs.replace(Connect("d", V5), will=Will("w", b"x", 1, True))
     assert encode(will, V5).hex() == "101500044d515454052e0000000001640000017700017 8".replace(
         " ", ""
     )
