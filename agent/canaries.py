@@ -23,7 +23,7 @@ from .canary import (
     percent,
 )
 from .plan import Route, Wanted, WantedModule
-from .steps import LoadedModel, ScoringView
+from .seams import LoadedModel, ScoringView
 
 log = logging.getLogger(__name__)
 

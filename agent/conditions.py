@@ -25,7 +25,7 @@ from .reconcile import Snapshot
 from .reported import RuntimeStatus
 from .restarts import NEW, RestartRules, RestartState, decide
 from .runtime.container import ContainerView
-from .steps import LoadedModel, Progress
+from .seams import LoadedModel, Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from .runtime.container import SCORING_LABEL, ContainerRuntime, ContainerSpec
 from .runtime.create_body import CreateFacts, create_body
 from .runtime.policy import protected_paths
 from .runtime.scoring_module import scoring_socket
-from .steps import NoEngine
+from .seams import NoEngine
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .clock import Clock
 from .runtime.container import ContainerRuntime, RuntimeFailed
-from .steps import EngineView
+from .seams import EngineView
 from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Protocol
 from .clock import Clock
 from .image_retention import Disk, HeldImage, RetentionRules, discard, note_images
 from .plan_types import Collect, RemoveImage
-from .steps import EngineView, StoredView
+from .seams import EngineView, StoredView
 from .store import KnownImage, StateStore
 
 LOOK_SECONDS = 10.0

@@ -17,7 +17,8 @@ from ..modules.oci.store import ContentStore
 from ..modules.oci.transport import RegistrySettings
 from .config import ConfigError, RegistryConfig, read_secret
 from .image_trust import ImageTrust
-from .steps import DISK_FULL, Credentials, Progress, Resolved, StepFailed, StoredView, kind_of
+from .seams import DISK_FULL, Credentials, Progress, Resolved, StepFailed, StoredView
+from .steps import kind_of
 
 T = TypeVar("T")
 

@@ -252,6 +252,33 @@ def subject(step: Step) -> str:
     return f"image:{step.digest}"
 
 
+def describe(step: Step) -> str:
+    """One line for journals and people."""
+    if isinstance(step, Resolve):
+        return f"resolve {step.image} for {step.module}"
+    if isinstance(step, Pull):
+        return f"pull {step.image} for {step.module}"
+    if isinstance(step, Load):
+        return f"load {step.module} ({step.digest[:19]})"
+    if isinstance(step, Probe):
+        return f"probe {step.module}"
+    if isinstance(step, Switch):
+        endpoints = ", ".join(route.endpoint for route in step.routes) or "nothing"
+        return f"switch routes to {endpoints}"
+    if isinstance(step, Unload):
+        return f"unload {step.instance}"
+    if isinstance(step, Create):
+        return f"create the container of {step.module} ({step.container.digest[:19]})"
+    if isinstance(step, Start):
+        return f"{'restart' if step.automatic else 'start'} {step.module}"
+    if isinstance(step, Stop):
+        return f"stop {step.module}: {step.reason}"
+    if isinstance(step, Remove):
+        return f"remove the container of {step.module}"
+    where = " from the engine" if isinstance(step, RemoveImage) else ""
+    return f"remove image {step.digest[:19]}{where}"
+
+
 def module_of(step: Step) -> str | None:
     """The module that a step is for, None for those of the whole device."""
     return step.module if isinstance(step, MODULE_STEPS) else None

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from .module_spec import ModuleSpec
-from .plan import Plan
-from .steps import describe
+from .plan import Plan, describe
 
 Change = Literal["added", "removed", "changed", "unchanged"]
 

@@ -37,6 +37,7 @@ from .plan import (
     Step,
     UpdateMode,
     Wanted,
+    describe,
     plan,
     subject,
 )
@@ -52,8 +53,9 @@ from .probation import (
 )
 from .restart_memory import RestartMemory
 from .restarts import RestartRules, RestartState
+from .seams import DISK_FULL, Progress, ScoringView, StepFailed
 from .startup import note_unready
-from .steps import DISK_FULL, Executor, Progress, ScoringView, StepFailed, describe
+from .steps import Executor
 from .store import Deployment, Pin, Proof, StateStore, StoreError, document_hash
 from .twin.backoff import full_jitter
 

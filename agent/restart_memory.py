@@ -17,7 +17,7 @@ from .restarts import (
     before_stop,
     note,
 )
-from .steps import EngineView
+from .seams import EngineView
 from .store import StateStore
 
 BOOT = "boot-id"

@@ -14,7 +14,7 @@ from ..protos.services import AsyncScoringStub
 from .canary import Counts
 from .plan import InstanceView, Route, Target
 from .scoring_env import ScoringOptions
-from .steps import BackendView, LoadedModel, MemoryView, MirrorView, ScoringView, StepFailed
+from .seams import BackendView, LoadedModel, MemoryView, MirrorView, ScoringView, StepFailed
 
 STATUS_SECONDS = 5.0
 LOAD_SECONDS = 300.0

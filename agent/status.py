@@ -8,10 +8,9 @@ from typing import Any
 
 from .conditions import Condition
 from .outbox import Limits, OutboxStatus
-from .plan import Failure
+from .plan import Failure, describe
 from .publish import LinkState
 from .reconcile import Snapshot
-from .steps import describe
 from .store import Deployment, Seen
 
 OK, FAILED = 200, 500

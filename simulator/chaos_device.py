@@ -11,7 +11,7 @@ from random import Random
 
 from ..agent.plan import InstanceView, Route
 from ..agent.scoring_env import ScoringOptions
-from ..agent.steps import (
+from ..agent.seams import (
     BackendView,
     LoadedModel,
     Progress,

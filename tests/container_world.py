@@ -17,16 +17,15 @@ from gatelet.agent.image_housekeeping import ImageHousekeeping
 from gatelet.agent.image_retention import Disk, RetentionRules
 from gatelet.agent.plan import InstanceView
 from gatelet.agent.reconcile import Reconciler, ReconcileSettings, Snapshot
-from gatelet.agent.steps import (
+from gatelet.agent.seams import (
     BackendView,
-    Executor,
     LoadedModel,
     Resolved,
     ScoringView,
     StepFailed,
     StoredView,
-    kind_of,
 )
+from gatelet.agent.steps import Executor, kind_of
 from gatelet.agent.store import StateStore
 from gatelet.simulator.engine import SimulatedEngine
 from gatelet.simulator.virtual_time import VirtualClock, run

@@ -25,7 +25,8 @@ from gatelet.agent.image_trust import ImageTrust
 from gatelet.agent.images import RegistryImages
 from gatelet.agent.main import main
 from gatelet.agent.plan import Pull, Resolve
-from gatelet.agent.steps import Executor, StepFailed
+from gatelet.agent.seams import StepFailed
+from gatelet.agent.steps import Executor
 from gatelet.agent.store import StateStore
 from gatelet.agent.trust import load_trust
 from gatelet.modules.errors import ImageError

@@ -30,7 +30,7 @@ from gatelet.agent.plan import InstanceView, Route
 from gatelet.agent.process import Agent
 from gatelet.agent.reconcile import ReconcileSettings
 from gatelet.agent.scoring_env import ScoringOptions
-from gatelet.agent.steps import BackendView, LoadedModel, ScoringView, StepFailed
+from gatelet.agent.seams import BackendView, LoadedModel, ScoringView, StepFailed
 from gatelet.agent.store import StateStore, StoreError
 from gatelet.modules.model_json import load_model
 from gatelet.modules.oci.store import ContentStore

@@ -22,7 +22,7 @@ from gatelet.agent.clock import SystemClock
 from gatelet.agent.plan import InstanceView, Route, Target, Wanted, WantedModule
 from gatelet.agent.reconcile import Snapshot
 from gatelet.agent.scoring_env import ScoringOptions
-from gatelet.agent.steps import LoadedModel, ScoringView
+from gatelet.agent.seams import LoadedModel, ScoringView
 from gatelet.agent.store import StateStore
 from gatelet.agent.telemetry import canary_events
 from hypothesis import given

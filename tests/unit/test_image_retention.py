@@ -16,7 +16,7 @@ from gatelet.agent.image_retention import (
     note_images,
 )
 from gatelet.agent.plan import Collect, RemoveImage
-from gatelet.agent.steps import EngineView, StoredView
+from gatelet.agent.seams import EngineView, StoredView
 from gatelet.agent.store import KnownImage, StateStore
 from hypothesis import given
 from hypothesis import strategies as st

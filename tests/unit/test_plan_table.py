@@ -42,13 +42,13 @@ from gatelet.agent.plan import (
     Unload,
     Wanted,
     WantedModule,
+    describe,
     plan,
     routes_of,
 )
 from gatelet.agent.restarts import RestartState
 from gatelet.agent.runtime.container import ContainerSpec, ContainerView
 from gatelet.agent.scoring_env import ScoringOptions
-from gatelet.agent.steps import describe
 from gatelet.agent.store import Pin
 
 NOW = 10_000.0

@@ -15,16 +15,9 @@ from gatelet.agent.image_retention import Disk, RetentionRules
 from gatelet.agent.plan import InstanceView, Route
 from gatelet.agent.reconcile import Reconciler, ReconcileSettings, Snapshot
 from gatelet.agent.scoring_env import ScoringOptions
+from gatelet.agent.seams import LoadedModel, Progress, Resolved, ScoringView, StepFailed, StoredView
 from gatelet.agent.status import desired_status
-from gatelet.agent.steps import (
-    Executor,
-    LoadedModel,
-    Progress,
-    Resolved,
-    ScoringView,
-    StepFailed,
-    StoredView,
-)
+from gatelet.agent.steps import Executor
 from gatelet.agent.store import StateStore
 
 SETTINGS = ReconcileSettings(probation_seconds=0.1, retry_base_seconds=0.01, retry_cap_seconds=0.02)
