@@ -9,22 +9,30 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .cli import (
-    apply,
-    check,
-    diff,
-    fpga,
-    image,
-    keys,
-    modules,
-    profile,
-    run,
-    score,
-    status,
-    top,
-    trust,
-)
 from .cli.command import CommandError
+
+_COMMANDS = {
+    "run": "run",
+    "apply": "apply",
+    "diff": "diff",
+    "rollback": "modules",
+    "restart": "modules",
+    "logs": "modules",
+    "method": "modules",
+    "list": "status",
+    "status": "status",
+    "top": "top",
+    "check": "check",
+    "support-bundle": "check",
+    "score": "score",
+    "profile": "profile",
+    "image": "image",
+    "fpga": "fpga",
+    "keys": "keys",
+    "manifest": "trust",
+}
+"""The module of `cli` that has a command. Only that one is loaded for it: the agent keeps in memory
+for good what `gatelet run` imports."""
 
 _SIMULATOR_COMMANDS = {
     "sim": ("gatelet.simulator.cli", "a simulated site: IoT Hub, MQTT broker, registry, board"),
@@ -60,10 +68,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (
-        *(run, apply, diff, modules, status, top, check, score, profile, image, fpga, keys, trust),
-    ):
-        command.register(commands)
+    asked = _COMMANDS.get(words[0]) if words else None
+    for module in dict.fromkeys(_COMMANDS.values()) if asked is None else (asked,):
+        importlib.import_module(f".cli.{module}", __package__).register(commands)
     for name, (module, summary) in _SIMULATOR_COMMANDS.items():
         if name in words[:1]:
             _load(name, module).register(commands)

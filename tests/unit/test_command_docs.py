@@ -41,3 +41,12 @@ def test_every_command_for_running_devices_is_listed_and_takes_json_and_config()
     for name in OPERATOR:
         options = {o for action in parsers[name]._actions for o in action.option_strings}
         assert {"--json", "--config"} <= options, name
+
+
+def test_each_command_is_found_in_the_module_that_registers_it() -> None:
+    for name in main._COMMANDS:
+        parser = main._parser([name])
+        (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        assert action.choices[name].get_default("run") or action.choices[name]._subparsers, name
+    registered = commands().keys() - main._SIMULATOR_COMMANDS.keys()
+    assert registered == main._COMMANDS.keys()
