@@ -33,13 +33,19 @@ class DeviceContainers:
         self._gateway_host = gateway_host
 
     def container(
-        self, spec: ModuleSpec, digest: str, *, scoring: bool, logging_options: str
+        self,
+        spec: ModuleSpec,
+        digest: str,
+        *,
+        scoring: bool,
+        model: str = "",
+        logging_options: str,
     ) -> ContainerSpec:
         docker = self._config.docker
         facts = CreateFacts(
             digest=digest,
             run_dir=self._run_dir,
-            image_labels={SCORING_LABEL: "true"} if scoring else {},
+            image_labels={SCORING_LABEL: model or "true"} if scoring else {},
             protected=self._protected,
             logging_options=logging_options,
             network=docker.network,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,9 +13,9 @@ from .manifest import Manifest
 from .module_env import module_update_mode, probation_seconds
 from .module_spec import MAX_STARTUP_ORDER, ModuleSpec
 from .plan import Kind, UpdateMode, Wanted, WantedModule
-from .runtime.container import ContainerSpec
+from .runtime.container import SCORING_LABEL, ContainerSpec
 from .runtime.scoring_module import is_scoring
-from .scoring_env import ScoringOptions, scoring_options
+from .scoring_env import ScoringOptions, given_labels, scoring_options
 from .store import Deployment, Pin
 
 
@@ -48,9 +47,16 @@ class ContainerMaker(Protocol):
     """Says what a module's container shall be on this device."""
 
     def container(
-        self, spec: ModuleSpec, digest: str, *, scoring: bool, logging_options: str
+        self,
+        spec: ModuleSpec,
+        digest: str,
+        *,
+        scoring: bool,
+        model: str = "",
+        logging_options: str,
     ) -> ContainerSpec:
-        """`scoring`: its image serves the Open Inference Protocol. Raises ContainerRefused."""
+        """`scoring`: its image serves the Open Inference Protocol, and `model` is the one that its
+        label names. Raises ContainerRefused."""
         ...
 
     def socket(self, module: str) -> str:
@@ -111,13 +117,22 @@ def _wanted_module(
     if pin.kind == "model":
         instance = instance_name(spec.name, pin.digest, options, str(reloads) if reloads else "")
         return replace(module, kind="model", digest=pin.digest, instance=instance)
-    kind: Kind = "scoring" if serves_inference(spec) else pin.kind
-    module = replace(module, kind=kind, digest=pin.digest)
+    labels = given_labels(spec)
+    kind: Kind = pin.kind
+    if SCORING_LABEL in labels:
+        kind = "scoring" if is_scoring(labels) else "container"
+    elif pin.model:
+        options = msgspec.structs.replace(options, model=pin.model)
+    module = replace(module, kind=kind, digest=pin.digest, options=options)
     if maker is None:
         return module
     try:
         container = maker.container(
-            spec, pin.digest, scoring=pin.kind == "scoring", logging_options=logging_options
+            spec,
+            pin.digest,
+            scoring=pin.kind == "scoring",
+            model=pin.model,
+            logging_options=logging_options,
         )
     except ContainerRefused as error:
         return replace(module, refused=str(error))
@@ -125,14 +140,6 @@ def _wanted_module(
         instance = instance_name(spec.name, pin.digest, options, container.fingerprint())
         module = replace(module, instance=instance, socket=maker.socket(spec.name))
     return replace(module, container=container)
-
-
-def serves_inference(spec: ModuleSpec) -> bool:
-    """Whether the module's createOptions carry the label of a scoring container."""
-    labels = json.loads(spec.create_options).get("Labels")
-    return isinstance(labels, dict) and is_scoring(
-        {str(name): str(value) for name, value in labels.items()}
-    )
 
 
 def instance_name(module: str, digest: str, options: ScoringOptions, made: str = "") -> str:

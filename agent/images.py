@@ -18,7 +18,7 @@ from ..modules.oci.transport import RegistrySettings
 from .config import ConfigError, RegistryConfig, read_secret
 from .image_trust import ImageTrust
 from .seams import DISK_FULL, Credentials, Progress, Resolved, StepFailed, StoredView
-from .steps import kind_of
+from .steps import resolved_as
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class RegistryImages:
             ref = ImageRef.parse(image)
             with RegistryClient(self._settings(ref.registry, credentials)) as client:
                 facts = image_facts(client, ref)
-            return Resolved(facts.digest, kind_of(facts.labels))
+            return resolved_as(facts.digest, facts.labels)
 
         return await _in_thread(work)
 

@@ -221,7 +221,7 @@ class Reconciler:
     ) -> Verdict:
         """`pins`: of the modules that are as they were in `origin`."""
         for module, pin in pins.items():
-            self._store.pin(deployment.generation, module, pin.digest, pin.kind)
+            self._store.pin(deployment.generation, module, pin.digest, pin.kind, pin.model)
         if origin is not None:
             self._canaries.inherit(origin.generation, deployment.generation, pins)
         log.info("deployment %d from %s accepted", deployment.generation, deployment.source)
@@ -510,7 +510,7 @@ class Reconciler:
         reloads = self._restarts.reloads()
         key = (
             generation,
-            tuple(sorted((m, pin.digest, pin.kind) for m, pin in pins.items())),
+            tuple(sorted((m, pin.digest, pin.kind, pin.model) for m, pin in pins.items())),
             tuple(sorted(reloads.items())),
         )
         known = self._wanteds.get(key)

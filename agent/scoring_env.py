@@ -132,11 +132,11 @@ def scoring_options(spec: ModuleSpec) -> ScoringOptions:
         threads=variables.number("SCORING_THREADS", 1, MAX_THREADS) or 0,
         sticky=variables.header("SCORING_STICKY"),
         canary=canary,
-        model=named_model(_labels(spec)),
+        model=named_model(given_labels(spec)),
     )
 
 
-def _labels(spec: ModuleSpec) -> dict[str, str]:
+def given_labels(spec: ModuleSpec) -> dict[str, str]:
     """Those in createOptions, as far as they can be read: what is wrong there is told later."""
     options = json.loads(spec.create_options)
     given = next((value for key, value in options.items() if key.lower() == "labels"), None)

@@ -123,10 +123,11 @@ Credentials = tuple[tuple[str, str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What an image name stands for now."""
+    """What an image name stands for now; `model`: the one that a scoring image's label names."""
 
     digest: str
     kind: Kind
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

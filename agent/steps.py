@@ -26,7 +26,7 @@ from .plan import (
     Unload,
 )
 from .runtime.container import ContainerRuntime, PullProgress, RuntimeFailed
-from .runtime.scoring_module import is_scoring
+from .runtime.scoring_module import is_scoring, named_model
 from .seams import (
     DISK_FULL,
     Credentials,
@@ -52,7 +52,8 @@ __all__ = [
     "same_image",
 ]
 
-PinStore = Callable[[int, str, str, Kind], None]
+PinStore = Callable[[int, str, str, Kind, str], None]
+"""(generation, module, digest, kind, model)"""
 Verify = Callable[[str, str, Credentials, bool], Awaitable[None]]
 """(image, digest, credentials, local): whether the device may use it; `local` asks no registry.
 
@@ -123,7 +124,9 @@ class Executor:
             resolved = await self._resolve(step, credentials)
             if self._verify is not None:
                 await self._verify(step.image, resolved.digest, credentials, step.only_local)
-            self._pin(step.generation, step.module, resolved.digest, resolved.kind)
+            self._pin(
+                step.generation, step.module, resolved.digest, resolved.kind, resolved.model
+            )
         elif isinstance(step, Pull):
             await self._pull(step, credentials, on_progress)
         elif isinstance(step, Load):
@@ -171,7 +174,7 @@ class Executor:
                 image.endswith(f"@{digest}") for digest in known.digests
             ):
                 digest = known.digests[0] if known.digests else known.id
-                return Resolved(digest, kind_of(known.labels))
+                return resolved_as(digest, known.labels)
         return None
 
     async def _pull(
@@ -240,6 +243,12 @@ def kind_of(labels: Mapping[str, str]) -> Kind:
     if MODEL_LABEL in labels:
         return "model"
     return "scoring" if is_scoring(labels) else "container"
+
+
+def resolved_as(digest: str, labels: Mapping[str, str]) -> Resolved:
+    """An image with these config labels."""
+    kind = kind_of(labels)
+    return Resolved(digest, kind, named_model(labels) if kind == "scoring" else "")
 
 
 def same_image(one: str, other: str) -> bool:

@@ -74,6 +74,11 @@ CREATE TABLE IF NOT EXISTS proof (
     scope TEXT NOT NULL, sha256 TEXT NOT NULL, key TEXT NOT NULL, generation INTEGER NOT NULL,
     good INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (scope, key, sha256)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS pin_model (
+    generation INTEGER NOT NULL REFERENCES deployment(generation) ON DELETE CASCADE,
+    module TEXT NOT NULL, digest TEXT NOT NULL, model TEXT NOT NULL,
+    PRIMARY KEY (generation, module)
+) STRICT;
 CREATE TABLE IF NOT EXISTS pending (
     source TEXT PRIMARY KEY, version INTEGER NOT NULL, document BLOB NOT NULL
 ) STRICT;
@@ -138,10 +143,12 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """What a module's image name was resolved to. `kind`: "model", "container" or "scoring"."""
+    """What a module's image name was resolved to. `kind`: "model", "container" or "scoring";
+    `model`: the one that the label of a scoring image names, "" where it names none."""
 
     digest: str
     kind: Kind = "model"
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,17 +371,30 @@ class StateStore:
         """Module name -> digest and kind of the image that this deployment runs."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT module, digest, kind FROM pin WHERE generation=?", (generation,)
+                # With the digest: a gatelet that knows no names may have pinned another since.
+                "SELECT module, digest, kind, coalesce(model, '') FROM pin "
+                "LEFT JOIN pin_model USING (generation, module, digest) WHERE generation=?",
+                (generation,),
             ).fetchall()
-        return {module: Pin(digest, kind) for module, digest, kind in rows}
+        return {module: Pin(digest, kind, model) for module, digest, kind, model in rows}
 
-    def pin(self, generation: int, module: str, digest: str, kind: Kind = "model") -> None:
+    def pin(
+        self, generation: int, module: str, digest: str, kind: Kind = "model", model: str = ""
+    ) -> None:
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO pin (generation, module, digest, kind) VALUES (?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET digest=excluded.digest, kind=excluded.kind",
                 (generation, module, digest, kind),
             )
+            db.execute(
+                "DELETE FROM pin_model WHERE generation=? AND module=?", (generation, module)
+            )
+            if model:
+                db.execute(
+                    "INSERT INTO pin_model VALUES (?, ?, ?, ?)",
+                    (generation, module, digest, model),
+                )
 
     # -- restarts ------------------------------------------------------------------------------
 

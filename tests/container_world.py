@@ -25,7 +25,7 @@ from gatelet.agent.seams import (
     StepFailed,
     StoredView,
 )
-from gatelet.agent.steps import Executor, kind_of
+from gatelet.agent.steps import Executor, resolved_as
 from gatelet.agent.store import StateStore
 from gatelet.simulator.engine import SimulatedEngine
 from gatelet.simulator.virtual_time import VirtualClock, run
@@ -56,7 +56,7 @@ class Registry:
             raise StepFailed("the registry is down", retryable=True, unreachable=True)
         for found in reversed(self.engine._published.values()):
             if found.name == image:
-                return Resolved(found.digest, kind_of(found.config.get("Labels") or {}))
+                return resolved_as(found.digest, found.config.get("Labels") or {})
         raise StepFailed(f"{image} does not exist", retryable=True)
 
     async def pull(self, image: str, digest: str, credentials: object, on_progress: object) -> None:

@@ -308,7 +308,7 @@ async def test_what_is_here_already_is_asked_for_its_signature_too(site: Site) -
     executor = Executor(
         images,
         None,  # type: ignore[arg-type]  # nothing is loaded here
-        lambda generation, module, digest, kind: pinned.append(digest),
+        lambda generation, module, digest, kind, model: pinned.append(digest),
         verify=images.verify_image,
     )
 

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 X = {"x": np.ones((1, 4), np.float32)}
 SECONDS = 40.0
 
-# What a container would have as its program: one model behind the socket it is told.
+# What a container would have as its program: models behind the socket it is told.
 SERVER = """
 import os, signal, sys
 from pathlib import Path
@@ -51,7 +51,9 @@ with grpc.insecure_channel("unix:/tmp/control.sock") as channel:
     stub.load(pb.LoadRequest(instance="m", directory=os.environ["MODEL"]), 20)
     stub.probe(pb.ProbeRequest(instance="m"), 20)
     target = pb.RouteTarget(instance="m", default=True)
-    stub.switch(pb.SwitchRequest(routes=[pb.Route(endpoint="inner", targets=[target])]), 20)
+    # Two models: only the label of the image says which one is meant.
+    routes = [pb.Route(endpoint=name, targets=[target]) for name in ("inner", "spare")]
+    stub.switch(pb.SwitchRequest(routes=routes), 20)
 print("serving", os.environ["MODEL"], flush=True)
 signal.sigwait([signal.SIGTERM])
 """
@@ -61,7 +63,7 @@ class ScoringHost(RunningDevice):
     def __init__(self, folder: Path, engine: Engine) -> None:
         super().__init__(folder, "none")
         self.engine = engine
-        self.image = engine.push("scorer:1", config={"Labels": {"io.gatelet.scoring": "true"}})
+        self.image = engine.push("scorer:1", config={"Labels": {"io.gatelet.scoring": "inner"}})
         self.models = folder / "models"
         for factor in (2, 3):
             onnx_models.scale_folder(self.models / str(factor), factor, version=str(factor))
