@@ -15,6 +15,8 @@ from ..errors import LoadError
 _PREAMBLE = b"\x0f\xf0\x0f\xf0\x0f\xf0\x0f\xf0\x00"
 _TEXT_FIELDS = {0x61: "design", 0x62: "part", 0x63: "date", 0x64: "time"}
 _DATA_FIELD = 0x65
+HEADER_LIMIT = 16 << 10
+"""Bytes in which a header has to end; Vivado's have about 130."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +30,45 @@ class Bitfile:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class BitfileHeader:
+    """What stands before the data, which begins at `offset` and has `length` bytes."""
+
+    design: str
+    part: str
+    date: str
+    time: str
+    offset: int
+    length: int
+
+
 def parse_bitfile(content: bytes, name: str = ".bit file") -> Bitfile:
     """Take a .bit file apart; `name` is for messages. Raises LoadError when it is damaged."""
+    header = read_header(content, name)
+    data = content[header.offset :]
+    if len(data) != header.length:
+        raise _damaged(name, f"{len(data)} bytes of data where the header says {header.length}")
+    return Bitfile(header.design, header.part, header.date, header.time, data)
+
+
+def read_header(content: bytes, name: str = ".bit file") -> BitfileHeader:
+    """The header at the start of `content`, whose first HEADER_LIMIT bytes are enough.
+
+    Raises LoadError.
+    """
     try:
-        return _parse(content)
+        return _parse(content[:HEADER_LIMIT])
     except (struct.error, IndexError, UnicodeDecodeError, ValueError) as error:
-        raise LoadError(
-            f"{name}: not a valid .bit file ({error}); copy it again from the Vivado project"
-        ) from error
+        raise _damaged(name, str(error)) from error
 
 
-def _parse(content: bytes) -> Bitfile:
+def _damaged(name: str, why: str) -> LoadError:
+    return LoadError(
+        f"{name}: not a valid .bit file ({why}); copy it again from the Vivado project"
+    )
+
+
+def _parse(content: bytes) -> BitfileHeader:
     (length,) = struct.unpack_from(">H", content)
     offset = 2 + length
     (one,) = struct.unpack_from(">H", content, offset)
@@ -51,12 +81,9 @@ def _parse(content: bytes) -> Bitfile:
         offset += 1
         if tag == _DATA_FIELD:
             (length,) = struct.unpack_from(">I", content, offset)
-            data = content[offset + 4 :]
-            if len(data) != length:
-                raise ValueError(f"{len(data)} bytes of data where the header says {length}")
             if missing := [field for field in _TEXT_FIELDS.values() if field not in text]:
                 raise ValueError(f"no {missing[0]} field")
-            return Bitfile(data=data, **text)
+            return BitfileHeader(offset=offset + 4, length=length, **text)
         if tag not in _TEXT_FIELDS:
             raise ValueError(f"unknown field 0x{tag:02x}")
         (length,) = struct.unpack_from(">H", content, offset)

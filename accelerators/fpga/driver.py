@@ -23,6 +23,7 @@ from .package import Package, RtlStream
 from .packing import Bytes
 from .preflight import CLOCK_TOLERANCE, preflight
 from .protocol import FabricSick
+from .shelf import Shelf
 from .transports import Engine, Slot, Workplace, open_engine, require_runtime
 
 _LOG = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class FabricDriver:
         self._mark: tuple[int, int] | None = None
         self._overlays: dict[tuple[object, ...], tuple[Any, Hardware]] = {}
         self._limits: dict[tuple[object, ...], int] = {}
+        self._shelf = Shelf(lock.with_name(lock.name + ".bitstreams"))
         self._active: _Active | None = None
         # Buffers that cores may still write to, until the fabric is configured anew.
         self._parked: list[Any] = []
@@ -114,6 +116,7 @@ class FabricDriver:
         device is missing.
         """
         self._lock = take_lock(self._lock_path)
+        self._shelf.clear()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -140,6 +143,8 @@ class FabricDriver:
         self._free_parked()
         self._overlays.clear()
         if self._lock is not None:
+            self._shelf.clear()
+        if self._lock is not None:
             self._lock.close()
             self._lock = None
 
@@ -152,7 +157,7 @@ class FabricDriver:
 
     def unload(self, package: Package) -> None:
         """Forget what is kept for the package."""
-        self._overlays.pop(package.identity, None)
+        self._forget(package)
         self._limits.pop(package.identity, None)
         if self._active and self._active.package.identity == package.identity:
             self._leave()
@@ -316,11 +321,15 @@ class FabricDriver:
         try:
             self._active = self._download(package, limit)
         except _PYNQ_ERRORS as error:
-            self._overlays.pop(package.identity, None)
+            self._forget(package)
             raise LoadError(f"{package.bit}: the fabric did not take it ({error})") from error
         if self._active.engine.warm_up:
             self._discard_one(self._active)
         return self._active
+
+    def _forget(self, package: Package) -> None:
+        overlay, _ = self._overlays.pop(package.identity, (None, None))
+        self._shelf.drop(package.identity, getattr(overlay, "firmware_path", ""))
 
     def _discard_one(self, active: _Active) -> None:
         items = [np.zeros((1, slot.item_bytes), np.uint8) for slot in active.sends]
@@ -332,9 +341,10 @@ class FabricDriver:
 
         known = self._overlays.get(package.identity)
         if known is None:
+            bit = self._shelf.path(package.identity, package.bit, package.sha256, package.part)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                overlay = Overlay(str(package.bit), download=False, device=self._device)
+                overlay = Overlay(str(bit), download=False, device=self._device)
             known = (overlay, read_hardware(package.hwh))
             self._overlays[package.identity] = known
         overlay, hardware = known

@@ -43,11 +43,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """A design. `clock_mhz` is PL clock 0 as it was built, None where the file does not say."""
+    """A design. `clock_mhz` is PL clock 0 as it was built.
+
+    That and `part` ("7z020clg400-1") are None where the file does not say.
+    """
 
     path: Path
     cells: Mapping[str, Cell]
     clock_mhz: float | None = None
+    part: str | None = None
 
     def of_kind(self, *kinds: str) -> list[Cell]:
         return [cell for cell in self.cells.values() if cell.kind in kinds]
@@ -133,7 +137,7 @@ class _Reader:
         self._cell: _Open | None = None
         self._register: str | None = None
         self._in_field = False
-        self._clock: float | None = None
+        self._part: str | None = None
 
     def doctype(self, *_: object) -> None:
         raise LoadError(f"{self._path}: a handoff file has no DOCTYPE")
@@ -148,6 +152,8 @@ class _Reader:
             self._cell = _Open(name, get("MODTYPE", ""), get("VLNV", ""))
             self._cells[name] = self._cell
             self._instances[get("INSTANCE", "")] = name
+        elif tag == "SYSTEMINFO":
+            self._part = _part(get("DEVICE", ""), get("PACKAGE", ""), get("SPEEDGRADE", ""))
         elif self._cell is None:
             return
         elif tag == "PARAMETER":
@@ -194,7 +200,14 @@ class _Reader:
                     clock = float(cell.parameters.get(_CLOCK_PARAMETERS[cell.kind], ""))
                 except ValueError:
                     clock = None
-        return Hardware(self._path, MappingProxyType(cells), clock)
+        return Hardware(self._path, MappingProxyType(cells), clock, self._part)
+
+
+def _part(device: str, package: str, grade: str) -> str | None:
+    if not (device and package):
+        return None
+    joint = "" if device.lower().removeprefix("xc").startswith("7") else "-"
+    return f"{device}{joint}{package}{grade}".lower()
 
 
 def _number(text: str) -> int | None:

@@ -151,7 +151,7 @@ Transport = DmaStream | StartedCores | RtlStream | VartRunner
 class Package:
     """An overlay package. `part` is that of the bitstream; `board` None where it does not say.
 
-    `sha256` is of the bitstream, which has `bitstream_bytes`.
+    `bit` may be compressed; `sha256` is of the expanded bitstream.
     """
 
     kind: str
@@ -167,7 +167,6 @@ class Package:
     outputs: tuple[Port, ...]
     max_batch: int
     sha256: str
-    bitstream_bytes: int = 0
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from ..errors import LoadError
-from .bitfile import parse_bitfile
+from .bitstream_file import scan
 from .board import same_part
 from .handoff import Hardware, read_hardware
 from .package import DmaStream, Package, RtlStream, StartedCores, VartRunner
-from .packages.files import BITSTREAM_LIMIT, read_bytes
 
 CLOCK_TOLERANCE = 0.01
 """How far, relatively, dividers may leave a clock from what was asked for."""
@@ -36,11 +34,12 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the package's files turned out to be."""
+    """What the package's files turned out to be; `size` and `sha256` of the expanded bitstream."""
 
     sha256: str
     part: str
     hardware: Hardware
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,10 @@ def examine(package: Package, found: Found, device: Device) -> tuple[Check, ...]
 
 def look(package: Package) -> Found:
     """Read the files of a package. Raises LoadError."""
-    content = read_bytes(package.bit, BITSTREAM_LIMIT)
-    header = parse_bitfile(content, str(package.bit))
-    return Found(hashlib.sha256(content).hexdigest(), header.part, read_hardware(package.hwh))
+    hardware = read_hardware(package.hwh)
+    found = scan(package.bit, part=hardware.part or package.part)
+    part = found.part or hardware.part or package.part
+    return Found(found.sha256, part, hardware, found.size)
 
 
 def preflight(package: Package, part: str | None, cma_bytes: int | None = None) -> int:

@@ -45,7 +45,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             wrong_use(f"no board {arguments.board!r}; there are {', '.join(sorted(KNOWN_PARTS))}")
     try:
         package = probe(directory, _signature(arguments.model))
-        checks = examine(package, look(package), Device(part))
+        found = look(package)
+        checks = examine(package, found, Device(part))
     except NotAPackage as error:
         guesses = [
             {"kind": guess.kind, "found": guess.found, "missing": guess.missing}
@@ -61,7 +62,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print_json({"ok": False, "error": str(error)})
         return 1
     good = all(check.ok is not False for check in checks)
-    document = _document(package, checks, good)
+    document = _document(package, found, checks, good)
     if arguments.json:
         print_json(document)
     else:
@@ -86,7 +87,7 @@ def _signature(path: Path | None) -> Any:
     return Signature(model.inputs, model.outputs)
 
 
-def _document(package: Any, checks: Any, good: bool) -> dict[str, Any]:
+def _document(package: Any, found: Any, checks: Any, good: bool) -> dict[str, Any]:
     from ...accelerators.fpga.package import PackedWire
 
     def port(one: Any) -> dict[str, Any]:
@@ -110,7 +111,8 @@ def _document(package: Any, checks: Any, good: bool) -> dict[str, Any]:
         "clockMhz": package.clock_mhz,
         "bitstream": {
             "path": str(package.bit),
-            "bytes": package.bit.stat().st_size,
+            "bytes": found.size,
+            "storedBytes": package.bit.stat().st_size,
             "sha256": package.sha256,
         },
         "transport": type(package.transport).__name__,
@@ -123,11 +125,14 @@ def _document(package: Any, checks: Any, good: bool) -> dict[str, Any]:
 
 def _lines(document: dict[str, Any]) -> list[str]:
     bitstream = document["bitstream"]
+    stored = bitstream["storedBytes"]
     lines = [
         f"{document['name']}: {document['kind']} package for part {document['part']}"
         + (f" ({document['board']})" if document["board"] else "")
         + f" at {document['clockMhz']:g} MHz",
-        f"  bitstream  {bitstream['path']}, {bitstream['bytes']} bytes, "
+        f"  bitstream  {bitstream['path']}, {bitstream['bytes']} bytes"
+        + ("" if stored == bitstream["bytes"] else f" ({stored} compressed)")
+        + ", "
         f"sha256 {bitstream['sha256']}",
     ]
     for side in ("inputs", "outputs"):

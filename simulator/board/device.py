@@ -22,6 +22,7 @@ from pynqmetadata.frontends import Metadata
 
 from ...accelerators.fpga.bitfile import parse_bitfile
 from ...accelerators.fpga.board import same_part
+from ...accelerators.fpga.handoff import read_hardware
 from .boards import SimulatedBoard
 from .cores import Configuration
 from .design import Design, read_design
@@ -53,6 +54,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         faults: FaultFile | None = None,
         state_file: Path | None = None,
         sleep: Callable[[float], object] = time.sleep,
+        firmware: Path | None = None,
     ) -> None:
         super().__init__(f"simulated-{board.name}")
         self.board = board
@@ -65,6 +67,8 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self.fabric: Configuration | None = None
         self.state_file = state_file
         self._sleep = sleep
+        self.firmware = firmware
+        self._preload: dict[str, tuple[bytes, str]] = {}
         self.downloads = 0
         self._clocks = zynq7_clocks() if board.arch == "armv7l" else zynqmp_clocks()
         self._bus = self._empty_bus()
@@ -91,19 +95,19 @@ class SimulatedDevice(Device):  # type: ignore[misc]
             raise RuntimeError("the simulated fabric has no partial reconfiguration")
         if parser is None:
             parser = self.get_bitfile_metadata(bitstream.bitfile_name)
-        bitfile = parse_bitfile(Path(bitstream.bitfile_name).read_bytes(), bitstream.bitfile_name)
-        if not same_part(bitfile.part, self.board.part):
+        data, part = self._preloaded(bitstream)
+        if not same_part(part, self.board.part):
             raise OSError(
                 errno.EIO,
-                f"configuration failed, INIT_B low: bitstream for {bitfile.part}, "
+                f"configuration failed, INIT_B low: bitstream for {part}, "
                 f"device is {self.board.part}",
             )
         self._check_clock(parser)
-        self._sleep(len(bitfile.data) * _CONFIGURATION_SECONDS_PER_BYTE)
+        self._sleep(len(data) * _CONFIGURATION_SECONDS_PER_BYTE)
         design = read_design(parser)
         bus = self._empty_bus()
         try:
-            fabric = Configuration(bitfile.data, self.memory, self.faults)
+            fabric = Configuration(data, self.memory, self.faults)
         except ValueError as error:
             raise OSError(errno.EIO, f"configuration failed: {error}") from error
         for cell in design.dmas:
@@ -117,6 +121,20 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self.downloads += 1
         self._note(str(bitstream.bitfile_name))
         self.post_download(bitstream, parser, self.name)
+
+    def _preloaded(self, bitstream: Any) -> tuple[bytes, str]:
+        """Configuration data from where pynq has put it, once per overlay, under the file's name.
+
+        On a board that is /lib/firmware, from where the kernel takes it.
+        """
+        if not bitstream.binfile_name:
+            bitstream.binfile_name = Path(bitstream.bitfile_name).stem + ".bin"
+            found = _configuration(Path(bitstream.bitfile_name))
+            self._preload[bitstream.binfile_name] = found
+            if self.firmware is not None:
+                bitstream.firmware_path = self.firmware / bitstream.binfile_name
+                bitstream.firmware_path.write_bytes(found[0])
+        return self._preload[bitstream.binfile_name]
 
     def configure_elsewhere(self) -> None:
         """What another process does to this one: the fabric holds a design nobody here knows."""
@@ -185,6 +203,20 @@ class SimulatedDevice(Device):  # type: ignore[misc]
             )
 
 
+def _configuration(path: Path) -> tuple[bytes, str]:
+    """Configuration data in the order of a .bit, and the part it is for.
+
+    A .bin is what the kernel's FPGA manager takes: without a header, bytes of each word swapped.
+    On a board the silicon knows its part; here the handoff says it.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".bin":
+        words = np.frombuffer(content, "<u4").byteswap()
+        return words.tobytes(), read_hardware(path.with_suffix(".hwh")).part or ""
+    bitfile = parse_bitfile(content, str(path))
+    return bitfile.data, bitfile.part
+
+
 def fill_clock_frequencies(parser: Any) -> None:
     """Put the achieved frequency into `parser.clock_dict` where it is missing.
 
@@ -203,13 +235,15 @@ def activate(
     faults: FaultFile | None = None,
     state_file: Path | None = None,
     sleep: Callable[[float], object] = time.sleep,
+    firmware: Path | None = None,
 ) -> SimulatedDevice:
     """A new simulated board as pynq's active device, in place of the one before.
 
     `state_file` is where it notes what it was configured with, as pynq does on a board. `sleep`
-    lets the time of a configuration pass, which goes with the size of the bitstream.
+    lets the time of a configuration pass, which goes with the size of the bitstream. `firmware` is
+    its /lib/firmware (None: kept in memory).
     """
-    device = SimulatedDevice(board, faults, state_file, sleep)
+    device = SimulatedDevice(board, faults, state_file, sleep, firmware)
     SimulatedDevice._installed[:] = [device]
     Device.active_device = device
     # pynq keeps the clocks of the first device it ever saw.

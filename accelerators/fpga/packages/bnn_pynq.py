@@ -24,7 +24,6 @@ from ..package import (
     StartedCore,
     StartedCores,
     WeightFile,
-    batch_for,
 )
 from .files import read_bitstream, sha256_of
 from .signature import apply_signature
@@ -77,23 +76,14 @@ def read_bnn_pynq(directory: Path, files: list[Path], signature: Signature) -> P
         Pointer(registers.get("in_V_1", _IN), "in", 0),
         Pointer(registers.get("out_V_1", _OUT), "out", 0),
     )
-    return Package(
-        kind="bnn-pynq",
-        name=found.bit.stem,
-        directory=directory,
-        bit=found.bit,
-        hwh=found.hwh,
-        board=None,
-        part=found.part,
-        clock_mhz=found.hardware.clock_mhz or 100.0,
-        transport=StartedCores(
+    return found.package(
+        "bnn-pynq",
+        directory,
+        StartedCores(
             (StartedCore(core.name, pointers, registers.get("numReps", _COUNT)),),
             (core.name,),
             tuple(weights),
         ),
-        inputs=apply_signature(inputs, signature.inputs, "input", str(directory)),
-        outputs=apply_signature(outputs, signature.outputs, "output", str(directory)),
-        max_batch=batch_for((*inputs, *outputs)),
-        sha256=found.sha256,
-        bitstream_bytes=found.size,
+        apply_signature(inputs, signature.inputs, "input", str(directory)),
+        apply_signature(outputs, signature.outputs, "output", str(directory)),
     )

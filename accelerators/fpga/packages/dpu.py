@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 
 from ...errors import LoadError
+from ..bitstream_file import BITSTREAM_LIMIT
 from ..elements import finn_element
 from ..package import Package, PackedWire, Port, Signature, VartRunner
-from .files import BITSTREAM_LIMIT, read_bitstream, sha256_of
+from .files import read_bitstream, sha256_of
 from .signature import check_spec
 
 
@@ -25,9 +26,9 @@ def read_dpu(directory: Path, files: list[Path], signature: Signature) -> Packag
     xmodel = find_xmodel(files)
     if xmodel is None:
         raise LoadError(f"{directory}: no .xmodel; compile the network for this DPU with Vitis AI")
-    found = read_bitstream(directory, files, "dpu.bit")
-    if found.bit.with_suffix(".xclbin") not in files:
-        raise LoadError(f"{found.bit}: {found.bit.stem}.xclbin is missing beside it")
+    found = read_bitstream(directory, files, "dpu")
+    if found.hwh.with_suffix(".xclbin") not in files:
+        raise LoadError(f"{found.bit}: {found.stem}.xclbin is missing beside it")
     number = finn_element("FLOAT32")
     inputs, outputs = (
         tuple(
@@ -39,19 +40,12 @@ def read_dpu(directory: Path, files: list[Path], signature: Signature) -> Packag
         )
         for what, specs in (("input", signature.inputs), ("output", signature.outputs))
     )
-    return Package(
-        kind="dpu",
+    return found.package(
+        "dpu",
+        directory,
+        VartRunner(xmodel, sha256_of(xmodel, BITSTREAM_LIMIT)),
+        inputs,
+        outputs,
         name=xmodel.stem,
-        directory=directory,
-        bit=found.bit,
-        hwh=found.hwh,
-        board=None,
-        part=found.part,
-        clock_mhz=found.hardware.clock_mhz or 100.0,
-        transport=VartRunner(xmodel, sha256_of(xmodel, BITSTREAM_LIMIT)),
-        inputs=inputs,
-        outputs=outputs,
         max_batch=1,
-        sha256=found.sha256,
-        bitstream_bytes=found.size,
     )

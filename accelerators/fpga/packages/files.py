@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoadError
-from ..bitfile import parse_bitfile
+from ..bitstream_file import COMPRESSIONS, is_bitstream, scan, stem_of
 from ..handoff import Hardware, read_hardware
+from ..package import Package, Port, Transport, batch_for
 
-BITSTREAM_LIMIT = 256 << 20
 WEIGHTS_LIMIT = 64 << 20
 TEXT_LIMIT = 4 << 20
 _ENTRY_LIMIT = 4096
@@ -22,7 +22,10 @@ _JSON_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Bitstream:
-    """A .bit with its handoff, read: `part` from the header, `sha256` of the whole file."""
+    """A bitstream with its handoff, read: `sha256` and `size` are of the expanded file.
+
+    `part` is from the header of a .bit, and for a .bin from the handoff.
+    """
 
     bit: Path
     hwh: Path
@@ -30,6 +33,40 @@ class Bitstream:
     sha256: str
     size: int
     hardware: Hardware
+
+    @property
+    def stem(self) -> str:
+        return stem_of(self.bit)
+
+    def package(
+        self,
+        kind: str,
+        directory: Path,
+        transport: Transport,
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
+        *,
+        name: str = "",
+        board: str | None = None,
+        max_batch: int | None = None,
+    ) -> Package:
+        """The package around this bitstream; by default it is called like it."""
+        return Package(
+            kind=kind,
+            name=name or self.stem,
+            directory=directory,
+            bit=self.bit,
+            hwh=self.hwh,
+            board=board,
+            part=self.part,
+            # What FINN, hls4ml and BNN-PYNQ build for unless told otherwise.
+            clock_mhz=self.hardware.clock_mhz or 100.0,
+            transport=transport,
+            inputs=inputs,
+            outputs=outputs,
+            max_batch=max_batch or batch_for((*inputs, *outputs)),
+            sha256=self.sha256,
+        )
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -96,10 +133,20 @@ def list_files(directory: Path) -> list[Path]:
 
 
 def read_bitstream(directory: Path, files: list[Path], preferred: str | None = None) -> Bitstream:
-    """The one .bit of a package and the .hwh beside it. Raises LoadError."""
-    bits = [path for path in files if path.suffix == ".bit"]
+    """The one bitstream of a package and the .hwh beside it. Raises LoadError.
+
+    A .bin counts where there is no .bit and a handoff of its name; parameters are called so too.
+    """
+    handoffs = {path.with_suffix("") for path in files if path.suffix == ".hwh"}
+    bits = [path for path in files if is_bitstream(path)] or [
+        path
+        for path in files
+        if is_bitstream(path, ".bin") and path.with_name(stem_of(path)) in handoffs
+    ]
     if preferred is not None:
-        bits = [path for path in bits if path.name == preferred] or bits
+        bits = [path for path in bits if stem_of(path) == preferred] or bits
+    # Beside the file it was made from, a compressed one says nothing new.
+    bits = [p for p in bits if p.suffix not in COMPRESSIONS or p.with_suffix("") not in bits]
     if len(bits) != 1:
         names = ", ".join(str(path.relative_to(directory)) for path in bits[:5])
         raise LoadError(
@@ -107,15 +154,16 @@ def read_bitstream(directory: Path, files: list[Path], preferred: str | None = N
             "a package holds one bitstream"
         )
     bit = bits[0]
-    hwh = bit.with_suffix(".hwh")
+    hwh = bit.with_name(f"{stem_of(bit)}.hwh")
     if hwh not in files:
         others = ", ".join(path.name for path in files if path.suffix == ".hwh")
         raise LoadError(
             f"{bit}: {hwh.name} is missing beside it"
             + (f"; rename {others} to it" if others else "; copy it from the Vivado project")
         )
-    content = read_bytes(bit, BITSTREAM_LIMIT)
-    return Bitstream(
-        bit, hwh, parse_bitfile(content, str(bit)).part,
-        hashlib.sha256(content).hexdigest(), len(content), read_hardware(hwh),
-    )  # fmt: skip
+    hardware = read_hardware(hwh)
+    found = scan(bit, part=hardware.part)
+    part = found.part or hardware.part
+    if part is None:
+        raise LoadError(f"{bit}: a .bin names no part, and {hwh.name} does not either")
+    return Bitstream(bit, hwh, part, found.sha256, found.size, hardware)

@@ -26,7 +26,6 @@ from ..package import (
     StartedCore,
     StartedCores,
     WeightFile,
-    batch_for,
 )
 from ..packing import packed_size
 from .files import Bitstream, read_bitstream, read_json, read_text, sha256_of
@@ -75,25 +74,16 @@ def read_finn(directory: Path, files: list[Path], signature: Signature) -> Packa
         raise LoadError(f"{source}: built for platform {platform!r}, this device is zynq-iodma")
     if shapes.get("mlo_weight_config"):
         raise LoadError(f"{source}: weights streamed by a FINNLoop (MLO) are not supported")
-    found = read_bitstream(directory, files, "finn-accel.bit")
+    found = read_bitstream(directory, files, "finn-accel")
     inputs = _ports(shapes, "i", source)
     outputs = _ports(shapes, "o", source)
     transport = _transport(shapes, found, source, files, inputs, outputs)
-    return Package(
-        kind="finn",
-        name=found.bit.stem,
-        directory=directory,
-        bit=found.bit,
-        hwh=found.hwh,
-        board=None,
-        part=found.part,
-        clock_mhz=found.hardware.clock_mhz or 100.0,
-        transport=transport,
-        inputs=apply_signature(inputs, signature.inputs, "input", str(directory)),
-        outputs=apply_signature(outputs, signature.outputs, "output", str(directory)),
-        max_batch=batch_for((*inputs, *outputs)),
-        sha256=found.sha256,
-        bitstream_bytes=found.size,
+    return found.package(
+        "finn",
+        directory,
+        transport,
+        apply_signature(inputs, signature.inputs, "input", str(directory)),
+        apply_signature(outputs, signature.outputs, "output", str(directory)),
     )
 
 

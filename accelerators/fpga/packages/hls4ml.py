@@ -24,7 +24,6 @@ from ..package import (
     StartedCore,
     StartedCores,
     Transport,
-    batch_for,
 )
 from .files import read_bitstream, read_text
 from .signature import check_spec
@@ -70,21 +69,14 @@ def read_hls4ml(directory: Path, files: list[Path], signature: Signature) -> Pac
             f"{config}: backend {backend} gives no overlay; VivadoAccelerator and VitisUnified do"
         )
     board = _text(accelerator, "Board").lower() or None
-    return Package(
-        kind="hls4ml",
-        name=_text(settings, "ProjectName") or found.bit.stem,
-        directory=directory,
-        bit=found.bit,
-        hwh=found.hwh,
+    return found.package(
+        "hls4ml",
+        directory,
+        transport,
+        inputs,
+        outputs,
+        name=_text(settings, "ProjectName"),
         board=board,
-        part=found.part,
-        clock_mhz=found.hardware.clock_mhz or 100.0,
-        transport=transport,
-        inputs=inputs,
-        outputs=outputs,
-        max_batch=batch_for((*inputs, *outputs)),
-        sha256=found.sha256,
-        bitstream_bytes=found.size,
     )
 
 

@@ -12,7 +12,8 @@ quantised items come out, one for one and in order. overlay.json::
                   "wire": {"dtype": "int8", "scale": 0.05, "zeroPoint": 0, "elements": 64}}],
      "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 10], "wire": {...}}]}
 
-`bitstream` and `handoff` share one stem, since PYNQ finds the handoff by the name. Kind
+`bitstream` and `handoff` share one stem, since PYNQ finds the handoff by the name. The bitstream
+may be a .bin, and be compressed to digits.bit.gz or digits.bit.xz under the same entry. Kind
 "gatelet-rtl" has `core` (the core's name in the handoff), `program` and `programSha256` (see
 `rtl.package`), and tensors of datatype INT8 without "wire": they are what the core takes and gives.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 from ...errors import LoadError
 from ...tensors import TensorSpec
+from ..bitstream_file import COMPRESSIONS, FORMATS, stem_of
 from ..elements import finn_element
 from ..package import DmaStream, Package, PackedWire, Port, RtlStream, Transport, WireFormat
 from .files import read_json
@@ -73,11 +75,18 @@ class _Reader:
             raise self._wrong(where + key, f"must be a whole number from {low} to {high}")
         return value
 
-    def _file(self, key: str, suffix: str) -> Path:
+    def _file(self, key: str, *suffixes: str) -> Path:
         name = self._text(self._document, key)
-        if Path(name).name != name or name.startswith(".") or not name.endswith(suffix):
-            raise self._wrong(key, f"must be the name of a {suffix} file in the package")
+        if Path(name).name != name or name.startswith(".") or not name.endswith(suffixes):
+            raise self._wrong(key, f"must be the name of a {suffixes[0]} file in the package")
         return self._path.parent / name
+
+    def _bitstream(self) -> Path:
+        """The file named, or where that is missing the compressed one."""
+        named = self._file("bitstream", *FORMATS, *(f + c for f in FORMATS for c in COMPRESSIONS))
+        compressed = (named.with_name(named.name + c) for c in COMPRESSIONS)
+        others = () if named.suffix in COMPRESSIONS or named.exists() else compressed
+        return next((path for path in others if path.is_file()), named)
 
     def _hash(self, key: str) -> str:
         value = self._text(self._document, key).lower()
@@ -92,9 +101,9 @@ class _Reader:
         kind = self._text(document, "kind")
         if kind not in ("stream", "gatelet-rtl"):
             raise self._wrong("kind", f"is {kind!r}, this version runs 'stream' and 'gatelet-rtl'")
-        bit, hwh = self._file("bitstream", ".bit"), self._file("handoff", ".hwh")
-        if bit.stem != hwh.stem:
-            raise self._wrong("handoff", f"must be named {bit.stem}.hwh, as the bitstream is")
+        bit, hwh = self._bitstream(), self._file("handoff", ".hwh")
+        if stem_of(bit) != hwh.stem:
+            raise self._wrong("handoff", f"must be named {stem_of(bit)}.hwh, as the bitstream is")
         transport: Transport = DmaStream(self._text(document, "dma"))
         if kind == "gatelet-rtl":
             transport = RtlStream(
