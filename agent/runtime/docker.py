@@ -33,8 +33,9 @@ from .engine_errors import unreachable
 from .engine_images import image_id, images, pull, reference, remove_image, tag_present
 from .engine_link import Client, EngineLink, inspected
 from .engine_logs import read_logs
+from .engine_reader import EngineReader
 from .inspection import container_view
-from .policy import DockerPolicy, mount_refusal
+from .policy import DockerPolicy, mount_refusal, stop_seconds
 from .scoring_module import shared_folder
 
 _EVENTS = (
@@ -54,7 +55,8 @@ class DockerRuntime:
     `logins` are the device's own (address, username, password), for registries that the caller's
     credentials do not name. `network` is made when a container wants it and it is missing. With a
     `policy`, what a mounted path really leads to must be permitted too. `timeout`: seconds that
-    the engine may be silent. Nothing is imported or connected before the first call.
+    the engine may be silent. Nothing is connected before the first call, and the SDK is imported
+    with the first one that does more than look.
     """
 
     def __init__(
@@ -83,8 +85,8 @@ class DockerRuntime:
     # The engine
 
     async def info(self) -> EngineInfo:
-        def work(client: Client) -> EngineInfo:
-            version, info = client.version(), client.info()
+        def work(reader: EngineReader) -> EngineInfo:
+            version, info = reader.version(), reader.info()
             return EngineInfo(
                 version=version.get("Version", ""),
                 api_version=version.get("ApiVersion", ""),
@@ -93,7 +95,7 @@ class DockerRuntime:
                 root_dir=info.get("DockerRootDir", ""),
             )
 
-        return await self._link.call("ask the engine", work)
+        return await self._link.read("ask the engine", work)
 
     async def close(self) -> None:
         await self._link.close()
@@ -101,7 +103,7 @@ class DockerRuntime:
     # Images
 
     async def images(self) -> tuple[EngineImage, ...]:
-        return await self._link.call("list images", images)
+        return await self._link.read("list images", images)
 
     async def pull(
         self,
@@ -137,18 +139,16 @@ class DockerRuntime:
     # Containers
 
     async def containers(self) -> tuple[ContainerView, ...]:
-        def work(client: Client) -> tuple[ContainerView, ...]:
-            from docker.errors import NotFound
-
+        def work(reader: EngineReader) -> tuple[ContainerView, ...]:
             wanted = {"label": [f"{DEVICE_LABEL}={self._device}", MODULE_LABEL]}
             views = []
-            for listed in client.containers(all=True, filters=wanted):
-                with contextlib.suppress(NotFound):
-                    inspect = client.inspect_container(listed["Id"])
-                    views.append(container_view(inspect, self._drift(client, inspect)))
+            for listed in reader.containers(wanted):
+                inspect = reader.inspect_container(listed["Id"])
+                if inspect is not None:
+                    views.append(container_view(inspect, self._drift(inspect)))
             return tuple(sorted(views, key=lambda view: (view.module, view.name)))
 
-        return await self._link.call("list containers", work)
+        return await self._link.read("list containers", work)
 
     async def create(self, spec: ContainerSpec) -> None:
         doing = f"create container {spec.name}"
@@ -177,14 +177,18 @@ class DockerRuntime:
 
         await self._link.call(f"start container {name}", work)
 
-    async def stop(self, name: str, timeout: float = 10.0) -> None:
+    async def stop(self, name: str, timeout: float | None = None) -> None:
         def work(client: Client) -> None:
             from docker.errors import NotFound
 
+            inspect = inspected(client, name)
+            if inspect is None:
+                return
+            seconds = stop_seconds(self._policy, inspect["Config"].get("StopTimeout"))
             with contextlib.suppress(NotFound):
-                client.stop(name, timeout=math.ceil(timeout))
+                client.stop(inspect["Id"], seconds if timeout is None else math.ceil(timeout))
 
-        await self._link.call(f"stop container {name}", work)
+        await self._link.long_call(f"stop container {name}", work)
 
     async def remove(self, name: str) -> None:
         await self._link.call(f"remove container {name}", lambda client: _remove(client, name))
@@ -202,22 +206,22 @@ class DockerRuntime:
         doing = "watch the engine"
         waiting = threading.Event()
 
-        def produce(client: Client, put: Callable[[None], None]) -> None:
+        def produce(reader: EngineReader, put: Callable[[None], None]) -> None:
             wanted = {
                 "type": ["container"],
                 "label": [f"{DEVICE_LABEL}={self._device}"],
                 "event": list(_EVENTS),
             }
-            messages = client.events(decode=True, filters=wanted)
-            # What happened before the engine listened to us may be news as well.
-            put(None)
-            for _ in messages:
-                if not waiting.is_set():
-                    waiting.set()
-                    put(None)
+            with reader.events(wanted) as events:
+                # What happened before the engine listened to us may be news as well.
+                put(None)
+                for _ in events:
+                    if not waiting.is_set():
+                        waiting.set()
+                        put(None)
             raise unreachable(doing, str(self._socket), "it ended the connection")
 
-        async for _ in self._link.stream(doing, produce):
+        async for _ in self._link.watch(doing, produce):
             waiting.clear()
             yield None
 
@@ -243,7 +247,7 @@ class DockerRuntime:
                 labels.get(SPEC_LABEL) == spec.fingerprint()
                 and leftover["State"]["Status"] == "created"
                 and not leftover["State"].get("Error")
-                and not self._drift(client, leftover)
+                and not self._drift(leftover)
             ):
                 return
             _remove(client, leftover["Id"])
@@ -261,7 +265,7 @@ class DockerRuntime:
         self._make_network(client, body.get("HostConfig") or {})
         identity = str(client.create_container_from_config(sent, spec.name)["Id"])
         inspect = client.inspect_container(identity)
-        own = frozenset(self._compare(client, inspect, created))
+        own = frozenset(self._compare(inspect, created))
         if "Image" in own:
             _remove(client, identity)
             raise RuntimeFailed(
@@ -311,26 +315,22 @@ class DockerRuntime:
                     f"cannot {doing}: {source} is a link to {real}; {reason}", retryable=False
                 )
 
-    def _drift(self, client: Client, inspect: Mapping[str, Any]) -> tuple[str, ...]:
+    def _drift(self, inspect: Mapping[str, Any]) -> tuple[str, ...]:
         labels = inspect["Config"].get("Labels") or {}
         try:
             created = json.loads(labels.get(CREATED_LABEL, ""))
         except ValueError:
             return (f"Labels.{CREATED_LABEL}",)
         own = self._engines_own.get(inspect["Id"], frozenset())
-        return tuple(name for name in self._compare(client, inspect, created) if name not in own)
+        return tuple(name for name in self._compare(inspect, created) if name not in own)
 
-    def _compare(
-        self, client: Client, inspect: Mapping[str, Any], created: Mapping[str, Any]
-    ) -> tuple[str, ...]:
+    def _compare(self, inspect: Mapping[str, Any], created: Mapping[str, Any]) -> tuple[str, ...]:
         image = inspect["Image"]
         config = self._image_configs.get(image)
         if config is None:
-            from docker.errors import NotFound
-
-            with contextlib.suppress(NotFound):
-                config = client.inspect_image(image).get("Config") or {}
-                self._image_configs[image] = config
+            found = self._link.reader.inspect_image(image)
+            if found is not None:
+                config = self._image_configs[image] = found.get("Config") or {}
         return drift(created["name"], created["image"], created["body"], inspect, config)
 
 

@@ -5,24 +5,18 @@ Imports the docker SDK: import it where an engine is really used.
 
 from __future__ import annotations
 
-import socket
-import weakref
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import urllib3
 import urllib3.connection
 from docker import APIClient
+from docker.errors import APIError, DockerException, StreamParseError
 from docker.transport import UnixHTTPAdapter
 
-NEWEST_API = (1, 44)
-"""Every engine since 25 speaks it, 29 nothing older; newer ones are asked in this one."""
-
-OLDEST_API = (1, 41)
-
-
-class UnsupportedEngine(Exception):
-    """The engine is too old."""
+from .engine_reader import EngineRefused, Sockets
 
 
 class EngineConnection:
@@ -38,64 +32,36 @@ class EngineConnection:
         self.client.mount("http+docker://", self._adapter)
 
     def abort(self) -> None:
-        self._adapter.sockets.aborted = True
-        for peer in list(self._adapter.sockets):
-            try:
-                peer.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                # It is no longer connected, which is what is wanted.
-                continue
+        self._adapter.sockets.abort()
 
     def close(self) -> None:
         self.client.close()
 
 
-def negotiate(path: Path, timeout: int) -> str:
-    """The API version to speak. Raises what the SDK raises, and UnsupportedEngine."""
-    connection = EngineConnection(path, "1.41", timeout)
+@contextlib.contextmanager
+def sdk_errors() -> Iterator[None]:
+    """What the SDK raises, as EngineRefused and OSError."""
     try:
-        offered = str(connection.client.version(api_version=False).get("ApiVersion", ""))
-    finally:
-        connection.close()
-    major, _, minor = offered.partition(".")
-    version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
-    if version < OLDEST_API:
-        raise UnsupportedEngine(
-            f"the engine speaks API {offered or 'of no version'}; Docker 20.10 (API 1.41) or a "
-            "later one is needed"
-        )
-    return ".".join(map(str, min(version, NEWEST_API)))
-
-
-class _Sockets(weakref.WeakSet[socket.socket]):
-    """Those that are open; no more of them once `aborted`."""
-
-    aborted = False
+        yield
+    except APIError as error:
+        raise EngineRefused(error.status_code, str(error.explanation or error)) from error
+    except (DockerException, StreamParseError, urllib3.exceptions.HTTPError) as error:
+        raise ConnectionError(str(error)) from error
 
 
 class _Connection(urllib3.connection.HTTPConnection):
-    def __init__(self, path: str, timeout: float, sockets: _Sockets) -> None:
+    def __init__(self, path: str, timeout: float, sockets: Sockets) -> None:
         super().__init__("localhost", timeout=timeout)
         self._path = path
         self._sockets = sockets
 
     def connect(self) -> None:
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            peer.settimeout(self.timeout)
-            self._sockets.add(peer)
-            peer.connect(self._path)
-            if self._sockets.aborted:
-                raise ConnectionAbortedError("no longer wanted")
-        except BaseException:
-            # The SDK's own class leaves it to the collector.
-            peer.close()
-            raise
-        self.sock = peer
+        # The SDK's own class leaves a socket that does not connect to the collector.
+        self.sock = self._sockets.open(self._path, self.timeout)
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    def __init__(self, path: str, timeout: float, sockets: _Sockets) -> None:
+    def __init__(self, path: str, timeout: float, sockets: Sockets) -> None:
         super().__init__("localhost", timeout=timeout, maxsize=8)
         self._unix = (path, timeout, sockets)
 
@@ -105,7 +71,7 @@ class _Pool(urllib3.HTTPConnectionPool):
 
 class _Adapter(UnixHTTPAdapter):
     def __init__(self, path: str, timeout: int) -> None:
-        self.sockets = _Sockets()
+        self.sockets = Sockets()
         super().__init__(f"http+unix://{path}", timeout=timeout)
 
     def get_connection(self, url: Any, proxies: Any = None) -> Any:

@@ -11,6 +11,7 @@ from ...modules.oci.reference import DEFAULT_REGISTRY, ImageRef
 from .container import ContainerSpec, EngineImage, PullProgress, RuntimeFailed
 from .engine_errors import explained
 from .engine_link import Client
+from .engine_reader import EngineReader
 from .inspection import engine_image
 from .pull_progress import PullMeter
 
@@ -40,7 +41,7 @@ def repository(ref: ImageRef) -> str:
     return f"{ref.registry}/{ref.repository}"
 
 
-def images(client: Client) -> tuple[EngineImage, ...]:
+def images(client: Client | EngineReader) -> tuple[EngineImage, ...]:
     return tuple(engine_image(listed) for listed in client.images())
 
 

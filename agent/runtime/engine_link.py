@@ -8,11 +8,13 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .container import RuntimeFailed
 from .engine_errors import explained, unreachable
+from .engine_reader import EngineReader, EngineRefused, UnsupportedEngine
 from .thread_stream import thread_stream
 
 if TYPE_CHECKING:
@@ -25,38 +27,69 @@ Client = Any
 
 
 class EngineLink:
-    """Talks to the engine at `socket`. Nothing is imported or connected before the first call."""
+    """Talks to the engine at `socket`: reads by `reader`, and changes by the SDK, which is not
+    imported before the first `call` or `stream`. Nothing is connected before it is used."""
 
     def __init__(self, socket: Path, timeout: int) -> None:
         self._socket = socket
         self._timeout = timeout
         self._threads = ThreadPoolExecutor(4, "engine")
         self._lock = threading.Lock()
-        self._api_version = ""
         self._connection: EngineConnection | None = None
-        self._streams: set[EngineConnection] = set()
+        self._in_use: list[EngineConnection | EngineReader] = []
+        self.reader = EngineReader(socket, timeout)
 
     async def close(self) -> None:
         with self._lock:
-            streams = [*self._streams]
+            # Also those that were given up for new calls while an old one still waits on them.
+            in_use = [*self._in_use]
             connection, self._connection = self._connection, None
-        for stream in streams:
-            stream.abort()
+        for one in (*in_use, self.reader):
+            one.abort()
         if connection is not None:
             connection.abort()
             connection.close()
         await asyncio.to_thread(self._threads.shutdown)
 
+    async def read(self, doing: str, work: Callable[[EngineReader], T]) -> T:
+        return await self._in_thread(doing, lambda: work(self.reader))
+
     async def call(self, doing: str, work: Callable[[Client], T]) -> T:
         def run() -> T:
-            with self._explaining(doing):
-                return work(self._shared().client)
+            from .engine_connection import sdk_errors
 
+            with sdk_errors():
+                connection = self._shared()
+                with self._using(connection):
+                    return work(connection.client)
+
+        return await self._in_thread(doing, run)
+
+    async def long_call(self, doing: str, work: Callable[[Client], None]) -> None:
+        """A call that may take minutes: it keeps no other waiting and ends when it is cancelled."""
+
+        def produce(client: Client, put: Callable[[None], None]) -> None:
+            work(client)
+
+        async for _ in self.stream(doing, produce):
+            raise AssertionError("it gives nothing")
+
+    async def watch(
+        self, doing: str, produce: Callable[[EngineReader, Callable[[T], None]], None]
+    ) -> AsyncIterator[T]:
+        """What `produce` reads on a connection of its own, which ends with it."""
+        reader = EngineReader(self._socket, self._timeout)
+
+        def run(put: Callable[[T], None]) -> None:
+            with self._explaining(doing), self._using(reader):
+                produce(reader, put)
+
+        items = thread_stream(run, reader.abort)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
-        except RuntimeError as error:
-            # The executor takes nothing more after `close`.
-            raise RuntimeFailed(f"cannot {doing}: {error}", retryable=True) from error
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()  # type: ignore[attr-defined]
 
     async def stream(
         self,
@@ -65,23 +98,22 @@ class EngineLink:
         *,
         host: str = "the registry",
     ) -> AsyncIterator[T]:
-        """On a connection of its own, which ends with it."""
+        """The same through the SDK."""
         connection: EngineConnection | None = None
         stopped = threading.Event()
 
         def run(put: Callable[[T], None]) -> None:
             nonlocal connection
             with self._explaining(doing, host):
-                connection = self._connect()
-                with self._lock:
-                    self._streams.add(connection)
-                try:
+                from .engine_connection import sdk_errors
+
+                with (
+                    sdk_errors(),
+                    contextlib.closing(self._connect()) as connection,
+                    self._using(connection),
+                ):
                     if not stopped.is_set():
                         produce(connection.client, put)
-                finally:
-                    with self._lock:
-                        self._streams.discard(connection)
-                    connection.close()
 
         def abort() -> None:
             stopped.set()
@@ -95,6 +127,27 @@ class EngineLink:
         finally:
             await items.aclose()  # type: ignore[attr-defined]
 
+    async def _in_thread(self, doing: str, work: Callable[[], T]) -> T:
+        def run() -> T:
+            with self._explaining(doing):
+                return work()
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        except RuntimeError as error:
+            # The executor takes nothing more after `close`.
+            raise RuntimeFailed(f"cannot {doing}: {error}", retryable=True) from error
+
+    @contextlib.contextmanager
+    def _using(self, connection: EngineConnection | EngineReader) -> Iterator[None]:
+        with self._lock:
+            self._in_use.append(connection)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_use.remove(connection)
+
     def _shared(self) -> EngineConnection:
         with self._lock:
             if self._connection is not None:
@@ -107,15 +160,13 @@ class EngineLink:
             return self._connection
 
     def _connect(self) -> EngineConnection:
-        from .engine_connection import EngineConnection, negotiate
+        from .engine_connection import EngineConnection
 
-        version = self._api_version or negotiate(self._socket, self._timeout)
-        self._api_version = version
-        return EngineConnection(self._socket, version, self._timeout)
+        return EngineConnection(self._socket, self.reader.api_version(), self._timeout)
 
     def _forget(self) -> None:
         """Another engine, of another version, may answer next time."""
-        self._api_version = ""
+        self.reader.forget()
         with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None:
@@ -124,34 +175,21 @@ class EngineLink:
 
     @contextlib.contextmanager
     def _explaining(self, doing: str, host: str = "the registry") -> Iterator[None]:
-        """Everything the SDK raises becomes RuntimeFailed."""
+        """Every failure becomes RuntimeFailed."""
         try:
-            import requests
-            import urllib3
-            from docker.errors import APIError, DockerException, StreamParseError
+            yield
         except ImportError as error:
             raise RuntimeFailed(
                 f"cannot {doing}: {error}; install the SDK ('pip install gatelet[docker]')",
                 retryable=False,
             ) from error
-        from .engine_connection import UnsupportedEngine
-
-        try:
-            yield
-        except APIError as error:
-            said = str(error.explanation or error)
-            if "is too old" in said:
+        except EngineRefused as error:
+            if "is too old" in error.said:
                 self._forget()
-            raise explained(doing, said, status=error.status_code, host=host) from error
+            raise explained(doing, error.said, status=error.status, host=host) from error
         except UnsupportedEngine as error:
             raise RuntimeFailed(f"cannot {doing}: {error}", retryable=True) from error
-        except (
-            DockerException,
-            StreamParseError,
-            requests.RequestException,
-            urllib3.exceptions.HTTPError,
-            OSError,
-        ) as error:
+        except (OSError, HTTPException) as error:
             self._forget()
             raise unreachable(doing, str(self._socket), _innermost(error)) from error
         except (KeyError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import tempfile
@@ -120,6 +121,10 @@ class _Engine(BaseHTTPRequestHandler):
 class _Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
 
+    def handle_error(self, *_):
+        # Clients that went away.
+        pass
+
 
 @pytest_asyncio.fixture
 async def runtime():
@@ -151,6 +156,85 @@ async def test_a_container_whose_start_was_cut_short_is_made_anew(runtime):
         await runtime.start("web")
     assert failed.value.retryable
     assert ["/containers/web" in path for path in _Engine.removed] == [True]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "cut", "reason", "retryable"),
+    [
+        (200, b"", 0, "not understood", True),
+        (200, b"<html>", 0, "not understood", True),
+        (200, b'{"ApiVersion": 1}', 0, "API 1;", True),
+        (200, b'{"ApiVersion": "1.40"}', 0, "API 1.40;", True),
+        (200, b'{"ApiVersion": "1.41"}', 7, "IncompleteRead|more expected", True),
+        (500, b'{"message": "the disk: no space left on device"}', 0, "free space", True),
+        (400, b'{"message": "client version 1.41 is too old"}', 0, "is too old", False),
+        (404, b"page not found", 0, "page not found", False),
+        (503, b"", 0, "status 503", True),
+    ],
+)
+async def test_answers_that_are_of_no_use_are_explained(
+    runtime, monkeypatch, status, body, cut, reason, retryable
+):
+    def answer(request):
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body) + cut))
+        request.send_header("Connection", "close")
+        request.end_headers()
+        request.wfile.write(body)
+
+    monkeypatch.setattr(_Engine, "do_GET", answer)
+    for look in (runtime.info, runtime.images, runtime.containers, runtime.events().__anext__):
+        with pytest.raises(RuntimeFailed, match=reason) as failed:
+            await look()
+        assert failed.value.retryable is retryable
+
+
+async def test_events_come_in_any_pieces_until_the_engine_ends_them(runtime, monkeypatch):
+    go = threading.Event()
+
+    def answer(request):
+        if "/events" not in request.path:
+            request._answer(200, {"ApiVersion": "1.41"})
+            return
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        for piece in (b'{"status": "st', b'art"}', b"\r\n", b"\n"):
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        go.wait(20)
+        request.wfile.write(b"0\r\n\r\n")
+
+    monkeypatch.setattr(_Engine, "do_GET", answer)
+    events = runtime.events()
+    await events.__anext__()
+    await events.__anext__()
+    go.set()
+    with pytest.raises(RuntimeFailed, match="ended the connection"):
+        await events.__anext__()
+
+
+async def test_who_waits_for_a_silent_engine_is_not_held_up_when_the_runtime_is_closed(
+    runtime, monkeypatch
+):
+    asked, go = threading.Event(), threading.Event()
+
+    def answer(request):
+        if request.path == "/version":
+            request._answer(200, {"ApiVersion": "1.41"})
+            return
+        asked.set()
+        go.wait(20)
+        request.close_connection = True
+
+    monkeypatch.setattr(_Engine, "do_GET", answer)
+    waiting = [asyncio.ensure_future(work) for work in (runtime.images(), anext(runtime.events()))]
+    try:
+        assert await asyncio.to_thread(asked.wait, 20)
+        await runtime.close()
+        for failed in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20):
+            assert isinstance(failed, RuntimeFailed)
+    finally:
+        go.set()
 
 
 def test_progress_adds_up_what_docker_says():
