@@ -212,9 +212,9 @@ async def test_a_full_disk_is_told_and_nothing_stored_is_lost(tmp_path: Path) ->
     path = tmp_path / "o.db"
     outbox = Outbox(path, ManualClock(), FOREVER)
     stored = [await outbox.put(Telemetry(b"a" * 1000)) for _ in range(3)]
-    assert outbox._writer is not None
-    (pages,) = outbox._writer.execute("PRAGMA page_count").fetchone()
-    outbox._writer.execute(f"PRAGMA max_page_count={pages + 1}")
+    assert outbox._file._writer is not None
+    (pages,) = outbox._file._writer.execute("PRAGMA page_count").fetchone()
+    outbox._file._writer.execute(f"PRAGMA max_page_count={pages + 1}")
     with pytest.raises(OutboxError, match="full"):
         await outbox.put(Telemetry(b"b" * 100_000))
     assert "free some space" in outbox.status().error
@@ -222,7 +222,7 @@ async def test_a_full_disk_is_told_and_nothing_stored_is_lost(tmp_path: Path) ->
     held = outbox.head()
     assert held is not None
     assert held.properties["$.mid"] == stored[0]
-    outbox._writer.execute("PRAGMA max_page_count=1073741823")
+    outbox._file._writer.execute("PRAGMA max_page_count=1073741823")
     await outbox.put(Telemetry(b"c"))
     assert outbox.status().error == ""
     assert [body[:1] for body in drain(outbox)] == [b"a", b"a", b"a", b"c"]
