@@ -124,9 +124,7 @@ class Executor:
             resolved = await self._resolve(step, credentials)
             if self._verify is not None:
                 await self._verify(step.image, resolved.digest, credentials, step.only_local)
-            self._pin(
-                step.generation, step.module, resolved.digest, resolved.kind, resolved.model
-            )
+            self._pin(step.generation, step.module, resolved.digest, resolved.kind, resolved.model)
         elif isinstance(step, Pull):
             await self._pull(step, credentials, on_progress)
         elif isinstance(step, Load):

@@ -22,79 +22,27 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from ..clock import Clock, SystemClock
-from ..identity.sources import CertificateFiles
 from .backoff import full_jitter
 from .merge_patch import apply_patch
-from .mqtt_tls import TlsFiles, TlsWatch
-from .paho_connection import V5, V311, ConnectFailed, Login, Message, PahoConnection
+from .mqtt_login import V5, V311, ConnectFailed, Login, Message
+from .mqtt_payloads import read_status, status_document, to_json, version_of
+from .mqtt_settings import MqttSettings
+from .mqtt_tls import TlsWatch
+from .paho_connection import PahoConnection
 from .transport import Desired, MethodResult, TransportUnavailable, TwinSink
+
+__all__ = ["MqttSettings", "MqttTransport"]
 
 _log = logging.getLogger(__name__)
 
 _NAME: Final = "mqtt"
 _METHODS_AT_ONCE: Final = 16
 _FAREWELL_SECONDS: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class MqttSettings:
-    """Where the broker is and who we are. Times in seconds.
-
-    TLS is used when any of `ca_file`, `cert_file` and `tls` is set; without `ca_file` the system's
-    authorities are trusted. Files are read again for every connection; renewed ones, looked for
-    every `watch_interval`, are tried out first and then lead to a new connection, before which the
-    session keeps all messages. Raises ValueError for names that cannot stand in a topic.
-    """
-
-    host: str
-    port: int
-    device_id: str
-    prefix: str = "gatelet/v1/{device}"
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    ca_file: str | Path | None = None
-    cert_file: str | Path | None = None
-    key_file: str | Path | None = None
-    passphrase_file: str | Path | None = None
-    keepalive: int = 60
-    tls: bool = False
-    client_id: str = ""
-    watch_interval: float = 5.0
-
-    def __post_init__(self) -> None:
-        if not self.device_id or set(self.device_id) & set("/+#\0"):
-            raise ValueError(f"device id {self.device_id!r} cannot be a topic level (no / + #)")
-        topics = self.topics
-        if not topics or set(topics) & set("+#\0{}") or topics.startswith(("/", "$")):
-            raise ValueError(
-                f"topic prefix {self.prefix!r}: only {{device}} is replaced, and + # $ / "
-                "may not be used as wildcards or at the start"
-            )
-
-    @property
-    def topics(self) -> str:
-        """The prefix with the device id filled in."""
-        return self.prefix.replace("{device}", self.device_id).rstrip("/")
-
-    @property
-    def tls_files(self) -> TlsFiles | None:
-        """None without TLS."""
-        client = None
-        if self.cert_file:
-            # A file may hold both.
-            word = Path(self.passphrase_file) if self.passphrase_file else None
-            key = Path(self.key_file or self.cert_file)
-            client = CertificateFiles(Path(self.cert_file), key, word)
-        if not (self.tls or self.ca_file or client):
-            return None
-        return TlsFiles(Path(self.ca_file) if self.ca_file else None, client)
 
 
 class MqttTransport:
@@ -177,7 +125,7 @@ class MqttTransport:
             # Kept even if the acknowledgement stays away: the message may have arrived, and after
             # the next connect the broker's retained document counts.
             self._reported = apply_patch(self._reported, patch)
-            body = _to_json(self._reported)
+            body = to_json(self._reported)
             topic = f"{self._settings.topics}/reported"
             await connection.publish(topic, body, self._answer_timeout, retain=True)
 
@@ -218,7 +166,7 @@ class MqttTransport:
             port=settings.port,
             client_id=settings.client_id or settings.device_id,
             will_topic=f"{settings.topics}/status",
-            will_payload=_status("offline", session, "connection lost"),
+            will_payload=status_document("offline", session, "connection lost"),
             version=self._version,
             username=settings.username or None,
             password=settings.password or None,
@@ -295,7 +243,7 @@ class _Link:
             self._has_desired.clear()
             body, self._desired = self._desired, None
             if body is not None:
-                await self._sink.desired(Desired(_NAME, _version_of(body), body))
+                await self._sink.desired(Desired(_NAME, version_of(body), body))
 
     async def _subscribe_and_seed(self) -> Mapping[str, Any] | None:
         """Subscribe, give birth, and learn the reported document the broker holds.
@@ -329,7 +277,7 @@ class _Link:
     async def _publish_status(self, status: str, timeout: float, reason: str = "") -> None:
         await self._connection.publish(
             f"{self._topics}/status",
-            _status(status, self._session, reason),
+            status_document(status, self._session, reason),
             timeout,
             retain=True,
         )
@@ -364,7 +312,7 @@ class _Link:
                 self._early.append(message)
 
     def _on_status(self, payload: bytes) -> None:
-        status, session = _read_status(payload)
+        status, session = read_status(payload)
         if session == self._session:
             if status == "online" and not self._seeded.done():
                 self._seeded.set_result(None)
@@ -420,43 +368,8 @@ class _Link:
             return  # nobody wants to know
         await self._connection.publish(
             topic,
-            _to_json(result.payload),
+            to_json(result.payload),
             self._transport._answer_timeout,
             correlation_data=message.correlation_data,
             user_properties=properties,
         )
-
-
-def _to_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _status(status: str, session: int, reason: str = "") -> bytes:
-    document: dict[str, Any] = {"status": status, "session": session}
-    if reason:
-        document["reason"] = reason
-    return _to_json(document)
-
-
-def _read_status(payload: bytes) -> tuple[str, int]:
-    """("", 0) for what we did not write."""
-    try:
-        document = json.loads(payload)
-    except ValueError:
-        return "", 0
-    if not isinstance(document, dict):
-        return "", 0
-    status, session = document.get("status"), document.get("session")
-    if not isinstance(status, str) or not isinstance(session, int) or not 0 < session < 2**53:
-        return "", 0
-    return status, session
-
-
-def _version_of(body: bytes) -> int:
-    """The top-level `$version`, 0 when the document has none or is no JSON object."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return 0
-    version = document.get("$version") if isinstance(document, dict) else None
-    return version if isinstance(version, int) and not isinstance(version, bool) else 0
