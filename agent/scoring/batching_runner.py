@@ -110,11 +110,11 @@ class BatchRunner:
         priority: int,
         done: Done,
         wake: bool = True,
-    ) -> None:
+    ) -> Job:
         """As `call` for event loops: returns at once; `done` is called on a runner's thread.
 
-        `wake` False: `serve_here` follows when more has been submitted. Raises ScoringError
-        UNAVAILABLE when the queue is full.
+        What was returned may be withdrawn. `wake` False: `serve_here` follows when more has been
+        submitted. Raises ScoringError UNAVAILABLE when the queue is full.
         """
         arrived = self._now()
 
@@ -126,6 +126,14 @@ class BatchRunner:
 
         job = Job(inputs, outputs, deadline, self._items(inputs), finish)
         self._wait(job, priority, arrived, wake)
+        return job
+
+    def withdraw(self, job: Job) -> bool:
+        """Whether the job was still waiting: it ends with CANCELLED now, and never runs."""
+        waited = self._withdraw(job)
+        if waited:
+            job.finish(ScoringError(Code.CANCELLED, f"{self._name}: the request was given up"))
+        return waited
 
     def serve_here(self, longest: float) -> None:
         """Run what waits on this thread if a run takes up to `longest` seconds, as far as is known,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from ...accelerators.tensors import Array
 from .batching_choice import has_batch_axis
+from .batching_job import Job
 from .classification import classify
 from .errors import Code, ScoringError
 from .instances import Instance
@@ -24,6 +26,8 @@ from .types import (
 from .validation import check_request
 
 _NAMES_IN_MESSAGE = 10
+# What clients are told to wait: models load in less, or in very much more.
+_LOADING_SECONDS = 1.0
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -57,6 +61,9 @@ class DataPlane:
         self._draw = draw
         self._now = now
         self._table: RoutingTable[Instance] | None = None
+        self._changing = threading.Lock()
+        # Whether everything that was wanted has been served once.
+        self._complete = False
         self._stopping = False
 
     @property
@@ -65,14 +72,39 @@ class DataPlane:
 
     def switch(self, routes: Iterable[Route[Instance]]) -> None:
         """Replace all routes at once."""
-        self._table = RoutingTable({route.endpoint: route for route in routes})
+        with self._changing:
+            self._replace({route.endpoint: route for route in routes}, self.table.coming)
+
+    def announce(self, coming: Mapping[str, str]) -> None:
+        """Say which endpoints are wanted (endpoint -> none, key or token): requests for one without
+        a route are answered UNAVAILABLE, for any other NOT_FOUND."""
+        with self._changing:
+            self._replace(self.table.routes, dict(coming))
+
+    def _replace(self, routes: Mapping[str, Route[Instance]], coming: Mapping[str, str]) -> None:
+        table = RoutingTable(routes, coming)
+        self._complete = self._complete or not table.absent
+        self._table = table
 
     def require_routes(self) -> None:
-        """Raises ScoringError UNAVAILABLE before the first `switch`: just started, perhaps after a
-        crash, nobody can say what is deployed, and clients may try again."""
+        """Raises ScoringError UNAVAILABLE before the first `switch` or `announce`: just started,
+        perhaps after a crash, nobody can say what is deployed, and clients may try again."""
         if self._table is None:
             raise ScoringError(
-                Code.UNAVAILABLE, "the deployment's models are not loaded yet; try again", 1.0
+                Code.UNAVAILABLE,
+                "the deployment's models are not loaded yet; try again",
+                _LOADING_SECONDS,
+            )
+
+    def require_served(self, endpoint: str) -> None:
+        """Raises ScoringError UNAVAILABLE when `endpoint` is wanted and not served yet."""
+        self.require_routes()
+        table = self.table
+        if endpoint in table.coming and endpoint not in table.routes:
+            raise ScoringError(
+                Code.UNAVAILABLE,
+                f"model {endpoint!r} is being loaded; try again",
+                _LOADING_SECONDS,
             )
 
     def stop(self) -> None:
@@ -87,11 +119,16 @@ class DataPlane:
         return True
 
     def ready(self) -> bool:
-        """Whether routes have been set and every endpoint's default instance has a backend."""
+        """Whether routes have been set and every endpoint's default instance has a backend.
+
+        After a start, every endpoint that is wanted must have been there once; what a later
+        deployment adds makes nobody look elsewhere for the others.
+        """
         table = self._table
         return (
             not self._stopping
             and table is not None
+            and self._complete
             and all(route.default.instance.healthy for route in table.routes.values())
         )
 
@@ -145,12 +182,12 @@ class DataPlane:
         request: InferenceRequest,
         done: Callable[[InferenceResponse | ScoringError], None],
         wake: bool = True,
-    ) -> Instance:
+    ) -> tuple[Instance, Job]:
         """As `infer` for event loops: returns at once, and `done` is called once, perhaps on
         another thread. Raises ScoringError as `infer` for what is refused before it waits.
 
-        The instance that is to answer; with `wake` False its `serve_here` must be called, after
-        whatever else arrived with this request.
+        The instance that is to answer, and what it may `withdraw` while it waits. With `wake` False
+        the instance's `serve_here` must be called, after whatever else arrived with this request.
         """
         route, target = self._claim(request)
         instance = target.instance
@@ -166,7 +203,9 @@ class DataPlane:
                     self._copy(route, target, inputs, value)
                 answer = self._response(request, target, outputs, value)
             except ScoringError as error:
-                instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
+                # Given up by its client, which is nobody's failure here.
+                if error.code is not Code.CANCELLED:
+                    instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
                 answer = error
             finally:
                 instance.end()
@@ -175,12 +214,12 @@ class DataPlane:
         try:
             outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
             deadline = self._deadline(request, instance)
-            instance.submit(inputs, outputs, deadline, request.priority, finish, wake)
+            job = instance.submit(inputs, outputs, deadline, request.priority, finish, wake)
         except ScoringError as error:
             instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
             instance.end()
             raise
-        return instance
+        return instance, job
 
     def _response(
         self,
@@ -232,10 +271,10 @@ class DataPlane:
                 )
 
     def _route(self, name: str) -> Route[Instance]:
-        self.require_routes()
         routes = self.table.routes
         route = routes.get(name)
         if route is None:
+            self.require_served(name)
             known = sorted(routes)
             shown = ", ".join(repr(n) for n in known[:_NAMES_IN_MESSAGE])
             more = (

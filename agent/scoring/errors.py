@@ -8,7 +8,8 @@ DEFECT = "the scoring process hit a defect of its own; its log has the details"
 
 
 class Code(Enum):
-    """gRPC's names; REST maps them to 404, 400, 503, 504, 501, 500, 429, 401 and 403."""
+    """gRPC's names; REST maps them to 404, 400, 503, 504, 501, 500, 429, 401, 403 and 499.
+    CANCELLED: whoever asked is gone, so nobody sees it."""
 
     NOT_FOUND = "NOT_FOUND"
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
@@ -19,6 +20,7 @@ class Code(Enum):
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
+    CANCELLED = "CANCELLED"
 
 
 class ScoringError(Exception):

@@ -6,14 +6,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from .h2_grpc import Failed
+from .h2_grpc import INTERNAL, TOO_MUCH, UNAVAILABLE, Failed
 
-# Messages that a stream may send ahead of what is answered, before its window stays closed.
+# What a stream's handler finds ready before the stream has to wait.
 AHEAD = 8
+AHEAD_BYTES = 64 * 1024
 
 
 class Aborted(Exception):
@@ -30,7 +32,9 @@ class CallContext:
         certificate: str,
         deadline: float | None,
         cancel: Callable[[], None],
+        inbox: Inbox | None = None,
     ) -> None:
+        self._inbox = inbox
         self._headers = headers
         self._peer = peer
         self._certificate = certificate
@@ -78,6 +82,8 @@ class CallContext:
         """Nobody waits for an answer any more."""
         self._gone.set()
         self.writable.set()
+        if self._inbox is not None:
+            self._inbox.end(broken=True)
 
     def failure(self) -> Failed | None:
         if self._code is None:
@@ -85,32 +91,70 @@ class CallContext:
         return Failed(self._code.value[0], self.details, self.trailing)
 
 
+class Memory(Protocol):
+    """What large messages take of the memory of all of them; from any thread."""
+
+    def reserve(self, size: int) -> bool: ...
+    def release(self, size: int) -> None: ...
+
+
 class Inbox:
     """The requests of a stream, put in by the loop and taken by a handler's thread."""
 
-    def __init__(self, parse: Callable[[bytes], Any], taken: Callable[[int], None]) -> None:
-        """`taken` is told the size of each that is on its way to the handler."""
+    def __init__(
+        self,
+        parse: Callable[[bytes], Any],
+        unpack: Callable[[bytes, Callable[[int], bool]], bytes],
+        memory: Memory,
+        wanted: Callable[[], None],
+        failed: Callable[[Failed], None],
+    ) -> None:
+        """`wanted` is called when there is room again after `has_room` said no, `failed` when a
+        message cannot be read; both by the taker."""
         self._parse = parse
-        self._taken = taken
-        self._messages: deque[bytes] = deque()
+        self._unpack = unpack
+        self._memory = memory
+        self._wanted = wanted
+        self._failed = failed
+        self._messages: deque[tuple[int, bytes]] = deque()
         self._changed = threading.Condition()
-        self._ended = self._broken = False
+        self._ended = self._broken = self._short = False
+        self.size = 0
+        # Of the host's memory, for the message that the handler has now.
+        self._held = 0
 
-    def put(self, message: bytes) -> None:
+    def has_room(self) -> bool:
         with self._changed:
-            self._messages.append(message)
+            room = len(self._messages) < AHEAD and self.size < AHEAD_BYTES
+            self._short = self._short or not room
+            return room
+
+    def put(self, flag: int, message: bytes) -> None:
+        """`flag`: whether it is compressed."""
+        with self._changed:
+            self._messages.append((flag, message))
+            self.size += len(message)
             self._changed.notify()
 
     def end(self, *, broken: bool = False) -> None:
         with self._changed:
             self._ended = True
-            self._broken = self._broken or broken
+            if broken:
+                self._broken = True
+                self._messages.clear()
+                self.size = 0
             self._changed.notify()
+
+    def close(self) -> None:
+        """The handler has ended."""
+        self.end(broken=True)
+        self._let_go()
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        self._let_go()
         with self._changed:
             while not self._messages and not self._ended:
                 self._changed.wait()
@@ -119,6 +163,31 @@ class Inbox:
                 raise grpc.RpcError
             if not self._messages:
                 raise StopIteration
-            message = self._messages.popleft()
-        self._taken(len(message))
-        return self._parse(message)
+            flag, message = self._messages.popleft()
+            self.size -= len(message)
+            wanted, self._short = self._short, False
+        if wanted:
+            self._wanted()
+        try:
+            self._hold(len(message))
+            return self._parse(self._unpack(message, self._more) if flag else message)
+        except Failed as failed:
+            self._failed(failed)
+        except DecodeError:
+            self._failed(Failed(INTERNAL, "the message is not the method's request"))
+        raise grpc.RpcError
+
+    def _hold(self, size: int) -> None:
+        if size > AHEAD_BYTES and not self._more(size):
+            raise Failed(UNAVAILABLE, TOO_MUCH)
+
+    def _more(self, size: int) -> bool:
+        if not self._memory.reserve(size):
+            return False
+        self._held += size
+        return True
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, 0
+        if held:
+            self._memory.release(held)

@@ -3,23 +3,22 @@ and bytes out."""
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from . import h2_frames as h2
 from .h2_frames import ConnectionRefused, ErrorCode, NotHttp2
 from .h2_headers import HeaderReader
+from .h2_sending import Sending, SendingSink, Stream
 
 H = TypeVar("H")
 H_contra = TypeVar("H_contra", contravariant=True)
 
-# Control frames that cost us more than the peer, and streams it resets: at once, and a second.
+# What a peer may cost without asking for an answer (control frames, resets, streams refused): at
+# once, and a second. Answers that it takes earn some.
 _BUDGET = 1000.0
 _BUDGET_PER_SECOND = 200.0
-_BUDGET_PER_ANSWER = 2.0
 _MOST_CONTINUATIONS = 16
-_UPDATE = h2.NUMBER.pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,90 +32,47 @@ class CoreLimits:
     connection_window: int = 4 * 1024 * 1024
 
 
-class Stream:
-    """`call` is the sink's. `queue`: data that waits for the peer's window, then `trailers`."""
-
-    __slots__ = (
-        "call",
-        "id",
-        "progress",
-        "queue",
-        "queued",
-        "receive_window",
-        "remote_ended",
-        "send_window",
-        "trailers",
-        "unread",
-    )
-
-    def __init__(self, number: int, receive_window: int, send_window: int) -> None:
-        self.id = number
-        self.receive_window = receive_window
-        self.send_window = send_window
-        self.unread = 0
-        self.remote_ended = False
-        self.queue: deque[bytes] | None = None
-        self.queued = 0
-        self.trailers: bytes | None = None
-        self.progress = 0.0
-        self.call: Any = None
-
-
-class Sink(Protocol[H_contra]):
+class Sink(SendingSink, Protocol[H_contra]):
     """What a connection tells. The stream of `on_reset` takes no answer any more."""
 
     def on_headers(self, stream: Stream, head: H_contra, ended: bool) -> None: ...
     def on_data(self, stream: Stream, data: bytes, ended: bool) -> None: ...
     def on_reset(self, stream: Stream) -> None: ...
-    def on_sent(self, stream: Stream) -> None:
-        """All that had waited for the peer's window is on its way."""
 
 
-class Core(Generic[H]):
-    """`out` holds what is to be sent; whoever sends it clears it."""
+class Core(Sending, Generic[H]):
+    """`partial_since`: when a frame or a block of headers began that has not ended, as told to
+    `receive`; None between frames. `peer_leaves`: it will open no more streams."""
 
     def __init__(
         self, sink: Sink[H], headers: HeaderReader[H], limits: CoreLimits | None = None
     ) -> None:
+        self._limits = limits = limits or CoreLimits()
+        greeting = h2.settings(
+            {
+                h2.MAX_CONCURRENT_STREAMS: limits.streams,
+                h2.INITIAL_WINDOW_SIZE: limits.stream_window,
+                h2.MAX_HEADER_LIST_SIZE: limits.header_list,
+            }
+        )
+        more = h2.window_update(0, limits.connection_window - h2.DEFAULT_WINDOW)
+        super().__init__(sink, [greeting, more])
         self._sink = sink
         self._headers = headers
-        self._limits = limits = limits or CoreLimits()
-        self.streams: dict[int, Stream] = {}
-        self.blocked: dict[int, Stream] = {}
-        # Opened by the peer, and taken by us.
-        self._seen = self.last = 0
-        self.leaving = self.closed = False
-        self.greeted = False
-        self.pinging = False
-        self.out: list[bytes] = [
-            h2.settings(
-                {
-                    h2.MAX_CONCURRENT_STREAMS: limits.streams,
-                    h2.INITIAL_WINDOW_SIZE: limits.stream_window,
-                    h2.MAX_HEADER_LIST_SIZE: limits.header_list,
-                }
-            ),
-            h2.window_update(0, limits.connection_window - h2.DEFAULT_WINDOW),
-        ]
+        # The last stream that the peer opened.
+        self._seen = 0
+        self.greeted = self.settled = self.peer_leaves = False
+        self.partial_since: float | None = None
         self._rest = b""
-        self.settled = False
         # Of a header block in several frames: stream, flags, what came, how many frames.
         self._block: tuple[int, int, bytearray] | None = None
         self._continuations = 0
         self._window = limits.connection_window
         self._unread = 0
-        self._send_window = self._initial_send = h2.DEFAULT_WINDOW
-        self._max_frame = h2.MAX_FRAME
         self._budget = _BUDGET
         self._at = 0.0
         self._now = 0.0
-
-    @property
-    def partial(self) -> bool:
-        """Whether a frame or a block of headers has begun and not ended."""
-        return bool(self._rest) or self._block is not None
-
-    # --- receiving
+        self._opened = False
 
     def receive(self, data: bytes, now: float) -> None:
         """Raises ConnectionRefused and NotHttp2; nothing more may be received then."""
@@ -132,7 +88,7 @@ class Core(Generic[H]):
                 return
             self.greeted = True
             position = len(h2.PREFACE)
-        size = len(data)
+        size, began = len(data), position
         unpack = h2.unpack_head
         while size - position >= 9 and not self.closed:
             first, flags, number = unpack(data, position)
@@ -145,6 +101,14 @@ class Core(Generic[H]):
             position = end
             self._frame(first & 255, flags, number & h2.LARGEST_WINDOW, data, start, end)
         self._rest = data[position:]
+        if self._opened:
+            # Once for all windows that were opened together.
+            self._opened = False
+            self.pump()
+        if not self._rest and self._block is None:
+            self.partial_since = None
+        elif self.partial_since is None or (position > began and self._block is None):
+            self.partial_since = now
 
     def _frame(self, kind: int, flags: int, number: int, data: bytes, start: int, end: int) -> None:
         if self._block is not None and kind != h2.CONTINUATION:
@@ -170,9 +134,11 @@ class Core(Generic[H]):
         if flags & h2.ACK and kind in (h2.PING, h2.SETTINGS):
             if number or len(payload) != (8 if kind == h2.PING else 0):
                 raise _size()
-            self.pinging = self.pinging and kind != h2.PING
+            self.charge()
+            if kind == h2.PING:
+                self.pinged_back(payload)
             return
-        self._spend()
+        self.charge()
         if kind == h2.SETTINGS:
             self._settings(number, payload)
         elif kind == h2.PING:
@@ -186,19 +152,21 @@ class Core(Generic[H]):
                 raise _broken("GOAWAY belongs to no stream")
             if len(payload) < 8:
                 raise _size()
-            self.leaving = True
+            self.peer_leaves = True
         elif kind == h2.PRIORITY:
             if not number:
                 raise _broken("PRIORITY belongs to a stream")
             if len(payload) != 5:
                 raise _size()
+            _check_priority(number, payload, 0)
         elif kind == h2.PUSH_PROMISE:
             raise _broken("clients push nothing")
 
-    def _spend(self) -> None:
-        """Of what a peer may cost us without asking for an answer."""
-        self._budget += (self._now - self._at) * _BUDGET_PER_SECOND
-        self._budget = min(self._budget, _BUDGET) - 1
+    def charge(self, cost: float = 1.0) -> None:
+        """Of what a peer may cost us without asking for an answer. Raises ConnectionRefused."""
+        earned, self._earned = self._earned, 0.0
+        self._budget += (self._now - self._at) * _BUDGET_PER_SECOND + earned
+        self._budget = min(self._budget, _BUDGET) - cost
         self._at = self._now
         if self._budget < 0:
             raise ConnectionRefused(
@@ -222,21 +190,21 @@ class Core(Generic[H]):
         if stream is None:
             if number > self._seen or not number & 1:
                 raise _broken("DATA for a stream that is not open")
-            if not length:
-                self._spend()
+            # What was on its way when the stream ended; nobody has that much on its way for long.
+            self.charge()
             return
         if stream.remote_ended:
-            self._spend()
+            self.charge()
             self.reset(stream, ErrorCode.STREAM_CLOSED, told=True)
             return
         stream.receive_window -= length
         if stream.receive_window < 0:
-            self._spend()
+            self.charge()
             self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR, told=True)
             return
         stream.remote_ended = ended
         if start == end and not ended:
-            self._spend()
+            self.charge()
         # Padding is never read by anyone.
         stream.unread += length - (end - start)
         self._sink.on_data(stream, data[start:end], ended)
@@ -255,9 +223,10 @@ class Core(Generic[H]):
         if flags & h2.PADDED:
             start, end = _unpadded(data, start, end)
         if flags & h2.PRIORITISED:
-            start += 5
-            if start > end:
+            if start + 5 > end:
                 raise _size()
+            _check_priority(number, data, start)
+            start += 5
         if flags & h2.END_HEADERS:
             self._whole_block(number, flags, data[start:end])
         else:
@@ -286,15 +255,16 @@ class Core(Generic[H]):
             return
         if number <= self._seen:
             # Of a stream that we ended before these arrived.
-            self._spend()
+            self.charge()
             return
         self._seen = number
         if self.closed or self.leaving:
+            self.charge()
             return
         self.last = number
         limits = self._limits
         if len(self.streams) >= limits.streams:
-            self._spend()
+            self.charge()
             self.out.append(h2.rst_stream(number, ErrorCode.REFUSED_STREAM))
             return
         stream = Stream(number, limits.stream_window, self._initial_send)
@@ -304,7 +274,7 @@ class Core(Generic[H]):
 
     def _trailers(self, stream: Stream, ended: bool) -> None:
         if stream.remote_ended or not ended:
-            self._spend()
+            self.charge()
             self.reset(stream, ErrorCode.PROTOCOL_ERROR, told=True)
             return
         stream.remote_ended = True
@@ -315,11 +285,19 @@ class Core(Generic[H]):
             raise _size()
         if number > self._seen or not number & 1:
             raise _broken("RST_STREAM for a stream that is not open")
-        self._spend()
+        self.charge()
         stream = self.streams.pop(number, None)
         if stream is not None:
-            self._drop(stream)
+            self.drop(stream)
             self._sink.on_reset(stream)
+
+    def reset(self, stream: Stream, code: ErrorCode, *, told: bool = False) -> None:
+        """`told`: the sink is to be told."""
+        if self.streams.pop(stream.id, None) is not None:
+            self.out.append(h2.rst_stream(stream.id, code))
+            self.drop(stream)
+            if told:
+                self._sink.on_reset(stream)
 
     def _settings(self, number: int, payload: bytes) -> None:
         if number:
@@ -327,23 +305,27 @@ class Core(Generic[H]):
         if len(payload) % 6:
             raise _size()
         self.settled = True
+        window = self._initial_send
         for key, value in h2.SETTING.iter_unpack(payload):
             if key == h2.INITIAL_WINDOW_SIZE:
                 if value > h2.LARGEST_WINDOW:
                     raise ConnectionRefused(ErrorCode.FLOW_CONTROL_ERROR, "a window is too large")
-                change, self._initial_send = value - self._initial_send, value
-                for stream in self.streams.values():
-                    stream.send_window += change
-                    if stream.send_window > h2.LARGEST_WINDOW:
-                        raise _overflow()
+                window = value
             elif key == h2.MAX_FRAME_SIZE:
                 if not h2.MAX_FRAME <= value < 2**24:
                     raise _broken("SETTINGS_MAX_FRAME_SIZE is out of range")
-                self._max_frame = min(value, 2**20)
+                self._max_frame = min(value, h2.LARGEST_SENT)
             elif key == h2.ENABLE_PUSH and value > 1:
                 raise _broken("SETTINGS_ENABLE_PUSH is out of range")
+        # Applied once, however often the frame names it.
+        change, self._initial_send = window - self._initial_send, window
+        if change:
+            for stream in self.streams.values():
+                stream.send_window += change
+                if stream.send_window > h2.LARGEST_WINDOW:
+                    raise _overflow()
         self.out.append(h2.frame(h2.SETTINGS, h2.ACK, 0))
-        self.pump()
+        self._opened = True
 
     def _window_update(self, number: int, data: bytes, start: int, end: int) -> None:
         if end - start != 4:
@@ -355,8 +337,7 @@ class Core(Generic[H]):
             self._send_window += increment
             if self._send_window > h2.LARGEST_WINDOW:
                 raise _overflow()
-            if self.blocked:
-                self.pump()
+            self._opened = True
             return
         stream = self.streams.get(number)
         if stream is None:
@@ -365,150 +346,11 @@ class Core(Generic[H]):
             return
         stream.send_window += increment
         if not increment or stream.send_window > h2.LARGEST_WINDOW:
-            self._spend()
+            self.charge()
             code = ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR
             self.reset(stream, code, told=True)
-        elif number in self.blocked:
-            self.pump()
-
-    # --- sending
-
-    def answer(self, stream: Stream, head: bytes, data: bytes, trailers: bytes) -> None:
-        """A whole answer: two encoded blocks of headers and what is between them."""
-        size, number = len(data), stream.id
-        if (
-            size <= self._max_frame
-            and size <= self._send_window
-            and size <= stream.send_window
-            and stream.queue is None
-            and number in self.streams
-        ):
-            name = _UPDATE(number)
-            self._send_window -= size
-            self.out.append(
-                b"".join(
-                    (
-                        _UPDATE(len(head) << 8 | h2.HEADERS),
-                        b"\x04",
-                        name,
-                        head,
-                        _UPDATE(size << 8),
-                        b"\0",
-                        name,
-                        data,
-                        _UPDATE(len(trailers) << 8 | h2.HEADERS),
-                        b"\x05",
-                        name,
-                        trailers,
-                    )
-                )
-            )
-            self._done(stream)
-            return
-        self.head(stream, head)
-        self.data(stream, data)
-        self.end(stream, trailers)
-
-    def head(self, stream: Stream, block: bytes, *, last: bool = False) -> None:
-        """`last`: with nothing after it."""
-        if stream.id in self.streams:
-            self._headers_out(stream, block, h2.END_STREAM if last else 0)
-            if last:
-                self._done(stream)
-
-    def _headers_out(self, stream: Stream, block: bytes, flags: int) -> None:
-        kind = h2.HEADERS
-        while len(block) > h2.MAX_FRAME:
-            self.out.append(h2.frame(kind, flags, stream.id, block[: h2.MAX_FRAME]))
-            block, kind, flags = block[h2.MAX_FRAME :], h2.CONTINUATION, 0
-        self.out.append(h2.frame(kind, flags | h2.END_HEADERS, stream.id, block))
-
-    def data(self, stream: Stream, data: bytes) -> None:
-        """Queued where the peer's windows are too small; `Stream.queued` says how much."""
-        if stream.id not in self.streams or not data:
-            return
-        if stream.queue is None:
-            stream.queue = deque()
-            stream.progress = self._now
-        stream.queue.append(data)
-        stream.queued += len(data)
-        self._pump_one(stream)
-
-    def end(self, stream: Stream, trailers: bytes) -> None:
-        """After whatever waits."""
-        if stream.id not in self.streams:
-            return
-        if stream.queue is not None:
-            stream.trailers = trailers
-            return
-        self._headers_out(stream, trailers, h2.END_STREAM)
-        self._done(stream)
-
-    def reset(self, stream: Stream, code: ErrorCode, *, told: bool = False) -> None:
-        """`told`: the sink is to be told."""
-        if self.streams.pop(stream.id, None) is not None:
-            self.out.append(h2.rst_stream(stream.id, code))
-            self._drop(stream)
-            if told:
-                self._sink.on_reset(stream)
-
-    def pump(self) -> None:
-        """Send what waits, as far as the windows allow."""
-        for stream in tuple(self.blocked.values()):
-            self._pump_one(stream)
-
-    def _pump_one(self, stream: Stream) -> None:
-        queue = stream.queue
-        if queue is None:
-            return
-        before = stream.queued
-        while queue:
-            data = queue[0]
-            size = min(len(data), self._max_frame, self._send_window, stream.send_window)
-            if size <= 0:
-                self.blocked[stream.id] = stream
-                if stream.queued != before:
-                    stream.progress = self._now
-                return
-            self._send_window -= size
-            stream.send_window -= size
-            stream.queued -= size
-            if size == len(data):
-                queue.popleft()
-                self.out.append(h2.frame(h2.DATA, 0, stream.id, data))
-            else:
-                part = bytes(data[:size])
-                # Parts of large answers are not copied again for every frame.
-                queue[0] = memoryview(data)[size:]  # type: ignore[assignment]
-                self.out.append(h2.frame(h2.DATA, 0, stream.id, part))
-        stream.queue = None
-        self.blocked.pop(stream.id, None)
-        if stream.trailers is not None:
-            self._headers_out(stream, stream.trailers, h2.END_STREAM)
-            self._done(stream)
-        self._sink.on_sent(stream)
-
-    def _done(self, stream: Stream) -> None:
-        self._budget += _BUDGET_PER_ANSWER
-        del self.streams[stream.id]
-        if not stream.remote_ended:
-            # It need not send the rest.
-            self.out.append(h2.rst_stream(stream.id, ErrorCode.NO_ERROR))
-
-    def _drop(self, stream: Stream) -> None:
-        stream.queue, stream.queued = None, 0
-        self.blocked.pop(stream.id, None)
-
-    def ping(self) -> None:
-        self.pinging = True
-        self.out.append(h2.frame(h2.PING, 0, 0, b"gatelet?"))
-
-    def leave(self, code: ErrorCode = ErrorCode.NO_ERROR, text: str = "") -> None:
-        """Take no more streams; the ones that are open go on unless `code` is an error."""
-        if not self.closed and (not self.leaving or code):
-            self.out.append(h2.goaway(self.last, code, text))
-        self.leaving = True
-        self.closed = self.closed or bool(code)
+        else:
+            self._opened = True
 
 
 def _unpadded(data: bytes, start: int, end: int) -> tuple[int, int]:
@@ -518,6 +360,11 @@ def _unpadded(data: bytes, start: int, end: int) -> tuple[int, int]:
     if start + 1 + padding > end:
         raise _broken("the padding is larger than the frame")
     return start + 1, end - padding
+
+
+def _check_priority(number: int, data: bytes, start: int) -> None:
+    if h2.NUMBER.unpack_from(data, start)[0] & h2.LARGEST_WINDOW == number:
+        raise _broken("a stream cannot depend on itself")
 
 
 def _broken(text: str) -> ConnectionRefused:

@@ -7,6 +7,7 @@ from enum import IntEnum
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MAX_FRAME = 16384
+LARGEST_SENT = 2**20
 LARGEST_WINDOW = 2**31 - 1
 DEFAULT_WINDOW = 65535
 
@@ -60,7 +61,7 @@ class NotHttp2(Exception):
     """The peer speaks another protocol."""
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes | memoryview = b"") -> bytes:
     return _HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
 
 

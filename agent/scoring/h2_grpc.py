@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +18,17 @@ OK_TRAILERS = literals([(b"grpc-status", b"0")])
 OK, CANCELLED, INVALID, DEADLINE, EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = (
     *(0, 1, 3, 4, 8, 12, 13, 14),
 )
+TOO_MUCH = "too much is being received already; try again"
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _PLAIN = frozenset(range(0x20, 0x7F)) - {0x25}
 _FORBIDDEN = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade")
 )
+_NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9a-z]+").fullmatch
+_CONTROL = re.compile(rb"[\0\r\n]").search
 _LONGEST_TEXT = 4096
+# Unpacked at a time, so that no more is taken than there is room for.
+_PIECE = 1024 * 1024
 
 
 class Failed(Exception):
@@ -50,7 +56,8 @@ class Method:
 @dataclass(slots=True)
 class Head:
     """The headers of a call. `http_status` other than 200, or `failed`: how it is refused;
-    `malformed`: it is no request of HTTP/2 at all. `timeout` in seconds."""
+    `malformed`: it is no request of HTTP/2 at all. `timeout` in seconds. Shared by the calls of a
+    connection that say the same."""
 
     headers: dict[str, str] = field(default_factory=dict)
     method: Method | None = None
@@ -59,6 +66,7 @@ class Head:
     http_status: int = 200
     failed: Failed | None = None
     malformed: bool = False
+    oversized: bool = False
 
 
 def read_head(pairs: Pairs, methods: Mapping[str, Method], most_bytes: int) -> Head:
@@ -70,11 +78,16 @@ def read_head(pairs: Pairs, methods: Mapping[str, Method], most_bytes: int) -> H
         if name[:1] == b":":
             if head.headers or name in pseudo or name not in _PSEUDO:
                 head.malformed = True
+            if _CONTROL(value):
+                head.malformed = True
             pseudo[name] = value
             continue
-        if not name or name in _FORBIDDEN or name != name.lower():
+        if not _NAME(name) or _CONTROL(value) or name in _FORBIDDEN:
+            head.malformed = True
+        if name == b"te" and value != b"trailers":
             head.malformed = True
         head.headers[name.decode("latin-1")] = value.decode("latin-1")
+    head.oversized = size > most_bytes
     if not all(pseudo.get(name) for name in _REQUIRED):
         head.malformed = True
     if head.malformed:
@@ -89,7 +102,9 @@ def read_head(pairs: Pairs, methods: Mapping[str, Method], most_bytes: int) -> H
         head.http_status = 415
         return head
     try:
-        _read_call(head, pseudo[b":path"].decode("latin-1"), size, methods, most_bytes)
+        if head.oversized:
+            raise Failed(EXHAUSTED, f"the metadata exceeds {most_bytes} bytes; send less")
+        _read_call(head, pseudo[b":path"].decode("latin-1"), methods)
     except Failed as failed:
         head.failed = failed
     return head
@@ -99,11 +114,7 @@ _REQUIRED = (b":method", b":scheme", b":path")
 _PSEUDO = frozenset((*_REQUIRED, b":authority"))
 
 
-def _read_call(
-    head: Head, path: str, size: int, methods: Mapping[str, Method], most_bytes: int
-) -> None:
-    if size > most_bytes:
-        raise Failed(EXHAUSTED, f"the metadata exceeds {most_bytes} bytes; send less")
+def _read_call(head: Head, path: str, methods: Mapping[str, Method]) -> None:
     head.method = methods.get(path)
     if head.method is None:
         raise Failed(UNIMPLEMENTED, f"there is no method {path[:200]!r} here")
@@ -144,18 +155,36 @@ def check_size(size: int, most_bytes: int) -> None:
         )
 
 
-def unpack(message: bytes, most_bytes: int) -> bytes:
-    """A gzip message, without unpacking more than `most_bytes`. Raises Failed."""
+def unpack(message: bytes, most_bytes: int, reserve: Callable[[int], bool]) -> bytes:
+    """A gzip message, without unpacking more than `most_bytes`, each piece of which is reserved
+    before it is unpacked. Raises Failed."""
     reader = zlib.decompressobj(31)
-    try:
-        plain = reader.decompress(message, most_bytes + 1)
-    except zlib.error as error:
-        raise Failed(INTERNAL, f"the message is no gzip: {error}") from None
-    if len(plain) > most_bytes:
-        raise Failed(EXHAUSTED, f"the message unpacks to more than the allowed {most_bytes} bytes")
+    pieces: list[bytes] = []
+    size, left = 0, message
+    while not reader.eof:
+        if not reserve(_PIECE):
+            raise Failed(UNAVAILABLE, TOO_MUCH)
+        try:
+            piece = reader.decompress(left, _PIECE)
+        except zlib.error as error:
+            raise Failed(INTERNAL, f"the message is no gzip: {error}") from None
+        left = reader.unconsumed_tail
+        if not piece and not left and not reader.eof:
+            break
+        size += len(piece)
+        if size > most_bytes:
+            text = f"the message unpacks to more than the allowed {most_bytes} bytes"
+            raise Failed(EXHAUSTED, text)
+        pieces.append(piece)
     if not reader.eof or reader.unused_data:
         raise Failed(INTERNAL, "the message is no whole gzip")
-    return plain
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def check_compressed(flag: int, head: Head) -> None:
+    """Raises Failed."""
+    if flag != 1 or not head.gzip:
+        raise Failed(INTERNAL, "the message is compressed, but no grpc-encoding says how")
 
 
 def trailers(status: int, text: str, more: Mapping[str, str] | None = None) -> bytes:

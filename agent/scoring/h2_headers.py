@@ -14,7 +14,7 @@ H = TypeVar("H")
 Pairs = list[tuple[bytes, bytes]]
 
 TABLE_BYTES = 4096
-_MOST_REMEMBERED = 64
+_MOST_REMEMBERED = 16
 _LONGEST_REMEMBERED = 1024
 
 

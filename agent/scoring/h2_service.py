@@ -17,15 +17,17 @@ from google.protobuf.message_factory import GetMessageClass
 from ...protos import open_inference_pb2 as oip
 from ...protos.services import HEALTH, INFERENCE, snake_case
 from .access import Access, Caller
+from .batching_job import Job
 from .dataplane import DataPlane
 from .errors import DEFECT, ScoringError
 from .grpc_health import HealthService
 from .grpc_server import GrpcLimits
 from .grpc_service import FAULTS, STATUS, InferenceService
 from .grpc_streams import StreamPool
-from .h2_connection import Call, GrpcConnection
-from .h2_context import Aborted, CallContext
-from .h2_grpc import INTERNAL, OK, Failed, Method, framed, unpack
+from .h2_call import Call
+from .h2_connection import GrpcConnection
+from .h2_context import Aborted, CallContext, Inbox
+from .h2_grpc import CANCELLED, DEADLINE, INTERNAL, OK, Failed, Method, framed, unpack
 from .h2_plans import AnswerPlans, RequestPlans
 from .instances import Instance
 from .observation import TIMING_HEADER, Observer, Served, server_timing
@@ -34,7 +36,7 @@ from .types import InferenceRequest, InferenceResponse
 
 log = logging.getLogger(__name__)
 
-# Larger requests are decoded beside the event loop, which others wait for.
+# Larger requests are decoded beside the event loop, which others wait for, as are packed ones.
 _LARGE = 128 * 1024
 
 
@@ -43,6 +45,8 @@ class Host(Protocol):
 
     def soon(self, work: Callable[[], None]) -> None: ...
     def post(self, work: Callable[[], None]) -> None: ...
+    def reserve(self, size: int) -> bool: ...
+    def release(self, size: int) -> None: ...
 
 
 class GrpcCalls:
@@ -109,36 +113,60 @@ class GrpcCalls:
         for connection in changed:
             connection.flush()
 
-    def serve(self, call: Call, message: bytes) -> None:
+    def serve(self, call: Call, message: bytes | memoryview) -> None:
         if not call.method.quick:
-            self._beside(call, self._unary, message)
+            self._beside(call, bytes(message))
             return
-        headers = call.head.headers
-        request = self._requests.read(message, call.deadline, headers)
-        if request is not None:
-            self._guarded(call, "", "", lambda: self._submit(call, request, None))
-        elif len(message) > _LARGE:
+        if len(message) > _LARGE:
             self._pool.submit(self._decode, call, message, True)
+            return
+        plain = bytes(message)
+        headers = call.head.headers
+        request = self._requests.read(plain, call.deadline, headers)
+        if request is not None:
+            self._guarded(call, request.model, "", lambda: self._submit(call, request, None))
         else:
-            self._decode(call, message, False)
+            self._decode(call, plain, False)
 
-    def unpack_beside(self, call: Call, message: bytes) -> None:
-        def work() -> None:
-            try:
-                plain = unpack(message, self.limits.max_message_bytes)
-            except Failed as failed:
-                self._fail(call, failed)
+    def unpack(self, call: Call, message: bytes) -> None:
+        self._pool.submit(self._unpack, call, message)
+
+    def _unpack(self, call: Call, message: bytes) -> None:
+        held = 0
+
+        def reserve(size: int) -> bool:
+            nonlocal held
+            if not call.open or not self._host.reserve(size):
+                return False
+            held += size
+            return True
+
+        try:
+            plain = unpack(message, self.limits.max_message_bytes, reserve)
+        except Failed as failed:
+            self._host.release(held)
+            self._fail(call, failed)
+            return
+
+        def go_on() -> None:
+            call.held += held
+            if call.open:
+                self.serve(call, plain)
             else:
-                self._host.post(partial(self.serve, call, plain))
+                call.connection.fail(call, Failed(CANCELLED, "the call ended"))
 
-        self._pool.submit(work)
+        self._host.post(go_on)
 
-    def open(self, call: Call) -> None:
-        self._beside(call, self._unary, None)
+    def open(self, call: Call, inbox: Inbox) -> None:
+        self._beside(call, inbox)
 
     # --- inference
 
-    def _decode(self, call: Call, message: bytes, beside: bool) -> None:
+    def _decode(self, call: Call, given: bytes | memoryview, beside: bool) -> None:
+        if not call.open:
+            self._fail(call, Failed(CANCELLED, "the call ended"))
+            return
+        message = bytes(given)
         try:
             parsed = oip.ModelInferRequest.FromString(message)
         except DecodeError:
@@ -209,13 +237,21 @@ class GrpcCalls:
                 self._observe(call, request.model, answer.version, request.id, "OK")
             self._host.post(lambda: call.connection.answer(call, data, more))
 
+        instance, job = self._plane.submit(request, done, wake=beside)
         if beside:
-            self._plane.submit(request, done)
+            self._host.post(partial(self._submitted, call, instance, job))
             return
-        instance = self._plane.submit(request, done, wake=False)
+        call.pending = (instance, job)
         if not self._waiting:
             self._host.soon(self._serve_waiting)
         self._waiting[instance] = None
+
+    def _submitted(self, call: Call, instance: Instance, job: Job) -> None:
+        """On the loop, perhaps after the answer."""
+        if call.open:
+            call.pending = (instance, job)
+        elif call.working:
+            instance.withdraw(job)
 
     def _serve_waiting(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -250,30 +286,22 @@ class GrpcCalls:
 
     # --- all other calls, on threads
 
-    def _beside(self, call: Call, work: Callable[..., None], message: bytes | None) -> None:
+    def _beside(self, call: Call, message: bytes | Inbox) -> None:
         connection = call.connection
-        call.context = CallContext(
+        context = call.context = CallContext(
             call.head.headers,
             connection.peer,
             connection.certificate,
             call.deadline,
             lambda: connection.cancel(call),
+            message if isinstance(message, Inbox) else None,
         )
         pool = getattr(call.method.behaviour, "experimental_thread_pool", self._pool)
-        pool.submit(work, call, call.context, message)
+        pool.submit(self._perform, call, context, message)
 
-    def _unary(self, call: Call, context: CallContext, message: bytes | None) -> None:
-        begun = [False]
+    def _perform(self, call: Call, context: CallContext, message: bytes | Inbox) -> None:
         try:
-            request: Any = call.inbox if message is None else call.method.parse(message)
-            result = call.method.behaviour(request, context)
-            if call.method.answers:
-                self._send_all(call, context, result, begun)
-                failed = Failed(OK, "", context.trailing)
-            else:
-                data = framed(result.SerializeToString())
-                self._host.post(lambda: call.connection.answer(call, data, context.trailing))
-                return
+            failed = self._performed(call, context, message)
         except Aborted:
             failed = context.failure() or Failed(INTERNAL, DEFECT)
         except DecodeError:
@@ -281,16 +309,32 @@ class GrpcCalls:
         except Exception:
             log.exception("a call hit a defect of the server")
             failed = Failed(INTERNAL, DEFECT)
-        self._host.post(lambda: call.connection.fail(call, failed, begun=begun[0]))
+        if isinstance(message, Inbox):
+            message.close()
+        if failed is not None:
+            self._fail(call, failed)
 
-    def _send_all(self, call: Call, context: CallContext, answers: Any, begun: list[bool]) -> None:
+    def _performed(self, call: Call, context: CallContext, message: bytes | Inbox) -> Failed | None:
+        """How it ended; None where the answer is on its way."""
+        if not context.is_active():
+            return Failed(CANCELLED, "the call ended")
+        if context.time_remaining() == 0:
+            return Failed(DEADLINE, "the deadline passed before the call was begun")
+        request: Any = message if isinstance(message, Inbox) else call.method.parse(message)
+        result = call.method.behaviour(request, context)
+        if call.method.answers:
+            self._send_all(call, context, result)
+            return Failed(OK, "", context.trailing)
+        data = framed(result.SerializeToString())
+        self._host.post(lambda: call.connection.answer(call, data, context.trailing))
+        return None
+
+    def _send_all(self, call: Call, context: CallContext, answers: Any) -> None:
         try:
             for answer in answers:
                 if not context.is_active():
                     return
-                data, first = answer.SerializeToString(), not begun[0]
-                begun[0] = True
-                self._host.post(partial(call.connection.send, call, data, first=first))
+                self._host.post(partial(call.connection.send, call, answer.SerializeToString()))
                 context.writable.wait()
         finally:
             answers.close()

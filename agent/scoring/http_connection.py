@@ -46,6 +46,8 @@ class Host(Protocol):
 class Connection(asyncio.Protocol):
     """Everything happens on the server's loop, but for `HttpRequest.respond`."""
 
+    protocol = "http"
+
     def __init__(self, host: Host, handler: Handler) -> None:
         self._host = host
         self._handler = handler

@@ -38,10 +38,13 @@ class TlsSource(Protocol):
 
 
 class Member(Protocol):
-    """A connection, as its server looks after it. `since`: when it became what it is."""
+    """A connection, as its server looks after it. `protocol`: http or grpc; `since`: when it became
+    what it is."""
 
-    since: float
+    protocol: str
 
+    @property
+    def since(self) -> float: ...
     @property
     def idle(self) -> bool: ...
     def end(self) -> None: ...
@@ -182,12 +185,14 @@ class HttpServer:
     def metrics(self) -> list[Family]:
         """For `/metrics`."""
         connections = Family("gatelet_http_connections", "gauge", "Open HTTP connections")
-        connections.add(len(self._connections))
+        connections.add(sum(one.protocol == "http" for one in tuple(self._connections)))
+        calls = Family("gatelet_grpc_connections", "gauge", "Open gRPC connections over HTTP/2")
+        calls.add(sum(one.protocol == "grpc" for one in tuple(self._connections)))
         buffered = Family(
             "gatelet_http_buffered_bytes", "gauge", "Large bodies of requests under way"
         )
         buffered.add(self._buffered)
-        return [connections, buffered]
+        return [connections, calls, buffered]
 
     # --- what connections need
 

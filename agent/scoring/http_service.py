@@ -304,7 +304,7 @@ class HttpService:
         if host is None or not call.on_loop:
             self._plane.submit(inference, done)
             return
-        instance = self._plane.submit(inference, done, wake=False)
+        instance, _ = self._plane.submit(inference, done, wake=False)
         if not self._waiting:
             host.soon(self._serve_waiting)
         self._waiting[instance] = None
@@ -352,15 +352,16 @@ class HttpService:
     def _endpoint(self, call: Call) -> str:
         """Which endpoint `/score` means. Raises Refusal 404, and ScoringError UNAVAILABLE."""
         self._plane.require_routes()
-        routes = self._plane.table.routes
+        table = self._plane.table
+        routes, endpoints = table.routes, sorted(table.endpoints)
         named = call.params.get("endpoint")
         if named is not None:
-            if named not in routes:
-                known = ", ".join(map(repr, sorted(routes)[:10])) or "none"
+            if named not in endpoints:
+                known = ", ".join(map(repr, endpoints[:10])) or "none"
                 raise Refusal(404, f"endpoint {named!r} is not deployed here; deployed: {known}")
             return named
-        if len(routes) == 1:
-            return next(iter(routes))
+        if len(endpoints) == 1:
+            return endpoints[0]
         wanted = call.request.headers.get(DEPLOYMENT_HEADER)
         if wanted is not None:
             having = [
@@ -370,9 +371,12 @@ class HttpService:
             ]
             if len(having) == 1:
                 return having[0]
-        if not routes:
+            # Perhaps a module of an endpoint that is not there yet.
+            for endpoint in sorted(table.absent):
+                self._plane.require_served(endpoint)
+        if not endpoints:
             raise Refusal(404, "no model is deployed here")
-        known = ", ".join(sorted(routes)[:10])
+        known = ", ".join(endpoints[:10])
         raise Refusal(404, f"several endpoints are deployed: {known}; use /score/ENDPOINT")
 
 

@@ -20,6 +20,7 @@ STATUS = {
     Code.RESOURCE_EXHAUSTED: 429,
     Code.UNAUTHENTICATED: 401,
     Code.PERMISSION_DENIED: 403,
+    Code.CANCELLED: 499,
 }
 """What gRPC calls it -> what HTTP calls it; the pairs that Triton and KServe use."""
 

@@ -144,7 +144,7 @@ class Member:
 class Instance:
     """One version of a model, opened on one or more backends. Thread-safe.
 
-    `run` and `submit` are `BatchRunner.call` and `BatchRunner.submit`.
+    `run`, `submit` and `withdraw` are `BatchRunner.call`, `.submit` and `.withdraw`.
 
     `inputs` and `outputs` are model.json's. `timeout` bounds a request that brings no earlier
     deadline, in seconds (None: unbounded).
@@ -198,6 +198,7 @@ class Instance:
         # comes through here, so there is no call in between.
         self.run = self._runner.call
         self.submit = self._runner.submit
+        self.withdraw = self._runner.withdraw
         # Taken directly where nobody waits: a Condition's own `with` costs more.
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from gatelet.agent.scoring import h2_frames as h2
-from gatelet.agent.scoring.h2_core import Core, CoreLimits, Stream
+from gatelet.agent.scoring.h2_core import Core, CoreLimits
 from gatelet.agent.scoring.h2_frames import ConnectionRefused, ErrorCode, NotHttp2
 from gatelet.agent.scoring.h2_headers import HeaderReader, literals
+from gatelet.agent.scoring.h2_sending import Stream
 from hpack import Encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,7 +207,7 @@ def test_answers_wait_for_both_windows() -> None:
     recorder.receive(h2.settings({h2.INITIAL_WINDOW_SIZE: 100}))
     assert [f[0] for f in recorder.sent] == [h2.SETTINGS, h2.DATA, h2.HEADERS]
     assert not recorder.core.streams
-    assert not recorder.core.blocked
+    assert not recorder.core.waiting
 
 
 def test_what_a_peer_may_send_ahead_is_bounded() -> None:
