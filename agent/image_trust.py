@@ -6,12 +6,16 @@ keeps the image needs the registry again. Blocking: for threads.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..modules.errors import OlderGeneration, StorageFailed, Untrusted
-from ..modules.oci.client import RegistryClient
 from ..modules.oci.reference import ImageRef
-from ..modules.oci.signatures import Signer, fetch_signatures, trusted_signer
 from .store import Proof, StateStore, StoreError
 from .trust import ImageRule, Trust
+
+if TYPE_CHECKING:
+    from ..modules.oci.client import RegistryClient
+    from ..modules.oci.signatures import Signer
 
 
 class ImageTrust:
@@ -30,6 +34,8 @@ class ImageTrust:
         rule = self._trust.rule_for(ref)
         if rule is None or self._accepted(ref, digest, rule):
             return None
+        from ..modules.oci.signatures import fetch_signatures, trusted_signer
+
         what = str(ref.pinned(digest))
         signer = trusted_signer(digest, fetch_signatures(client, ref, digest), rule.keys, what)
         self._check_generation(ref, digest, signer.generation, rule)

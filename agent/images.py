@@ -7,18 +7,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..modules.errors import ImageError, RegistryUnavailable, StorageFull
-from ..modules.oci.client import RegistryClient
-from ..modules.oci.pull import PullProgress, image_facts, pull_model_image
 from ..modules.oci.reference import ImageRef
 from ..modules.oci.store import ContentStore
-from ..modules.oci.transport import RegistrySettings
 from .config import ConfigError, RegistryConfig, read_secret
 from .image_trust import ImageTrust
 from .seams import DISK_FULL, Credentials, Progress, Resolved, StepFailed, StoredView
 from .steps import resolved_as
+
+if TYPE_CHECKING:
+    from ..modules.oci.client import RegistryClient
+    from ..modules.oci.pull import PullProgress
 
 T = TypeVar("T")
 
@@ -46,8 +47,10 @@ class RegistryImages:
 
     async def resolve(self, image: str, credentials: Credentials) -> Resolved:
         def work() -> Resolved:
+            from ..modules.oci.pull import image_facts
+
             ref = ImageRef.parse(image)
-            with RegistryClient(self._settings(ref.registry, credentials)) as client:
+            with self._registry(ref.registry, credentials) as client:
                 facts = image_facts(client, ref)
             return resolved_as(facts.digest, facts.labels)
 
@@ -72,8 +75,10 @@ class RegistryImages:
             )
 
         def work() -> None:
+            from ..modules.oci.pull import pull_model_image
+
             ref = ImageRef.parse(image)
-            with RegistryClient(self._settings(ref.registry, credentials)) as client:
+            with self._registry(ref.registry, credentials) as client:
                 pull_model_image(
                     client,
                     self._store,
@@ -105,7 +110,7 @@ class RegistryImages:
             if local and self._trust is not None:
                 self._trust.check_stored(ref, digest)
                 return
-            with RegistryClient(self._settings(ref.registry, credentials)) as client:
+            with self._registry(ref.registry, credentials) as client:
                 self._verify(client, ref, digest)
 
         if self._trust is not None:
@@ -140,8 +145,14 @@ class RegistryImages:
             StoredView(image.digest, image.reference, image.size) for image in self._store.images()
         )
 
-    def _settings(self, address: str, credentials: Credentials) -> RegistrySettings:
-        """The device's settings for `address`, with the manifest's login when it brings one."""
+    def _registry(self, address: str, credentials: Credentials) -> RegistryClient:
+        """With the device's settings for `address`, and the manifest's login when it brings one.
+
+        What talks to registries is loaded here: a device at rest keeps no memory for it.
+        """
+        from ..modules.oci.client import RegistryClient
+        from ..modules.oci.transport import RegistrySettings
+
         known = self._registries.get(address, RegistryConfig(address))
         username = known.username
         password = read_secret(known.password, known.password_file, "registry.password-file")
@@ -149,12 +160,14 @@ class RegistryImages:
             if login == address:
                 username, password = name, secret
                 break
-        return RegistrySettings(
-            address,
-            username=username or None,
-            password=password or None,
-            ca_file=known.ca_file,
-            insecure=known.insecure,
+        return RegistryClient(
+            RegistrySettings(
+                address,
+                username=username or None,
+                password=password or None,
+                ca_file=known.ca_file,
+                insecure=known.insecure,
+            )
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ssl
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +108,8 @@ class HttpFetch:
         return joined
 
     def _pool(self, url: str) -> PoolManager:
+        import urllib.request
+
         import urllib3
 
         parts = urllib.parse.urlsplit(url)
