@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from .packages import probe
 from .packing import Bytes
 from .preflight import preflight
 from .protocol import PAYLOAD_LIMIT, FabricSick, UnknownHandle, signature_header
+from .watch import FabricWatch
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class FpgaBackend:
         self._part = part
         self._client = FabricClient(Path(socket_path))
         self._keeper = Keeper(self._client)
+        self._watch = FabricWatch(FabricClient(Path(socket_path)))
 
     @property
     def name(self) -> str:
@@ -113,8 +116,16 @@ class FpgaBackend:
             session.close()
             raise
 
+    def fabric_status(self) -> Mapping[str, Any] | None:
+        """What the fabric process told of itself a moment ago (see `FabricServer.status`).
+
+        None while it is away, and before it was asked for the first time. Never waits.
+        """
+        return self._watch.read()
+
     def close(self) -> None:
-        """Stop the background thread and drop the connections."""
+        """Stop the background threads and drop the connections."""
+        self._watch.close()
         self._keeper.close()
         self._client.close()
 

@@ -23,6 +23,7 @@ from .package import Package, RtlStream
 from .packing import Bytes
 from .preflight import CLOCK_TOLERANCE, preflight
 from .protocol import FabricSick
+from .sensors import Readings, Sensors, pl_clocks, sysfs_of
 from .shelf import Shelf
 from .transports import Engine, Slot, Workplace, open_engine, require_runtime
 
@@ -49,13 +50,18 @@ class _Active:
 
 @dataclass(frozen=True, slots=True)
 class FabricCounters:
-    """Since the fabric was opened. `replaced`: found configured by another process."""
+    """Since the fabric was opened. `replaced`: found configured by another process.
+
+    `resets` of cores and DMAs after failures; `configuring` is in seconds.
+    """
 
     reconfigurations: int = 0
     transfers: int = 0
     dma_errors: int = 0
     hangs: int = 0
     replaced: int = 0
+    resets: int = 0
+    configuring: float = 0.0
 
 
 class FabricDriver:
@@ -90,14 +96,26 @@ class FabricDriver:
         self._unfinished: float | None = None
         self._broken = False
         self._reconfigurations = self._transfers = self._dma_errors = self._hangs = 0
-        self._replaced = 0
+        self._replaced = self._resets = 0
+        self._configuring = 0.0
+        self._trouble: str | None = None
+        self._sensors: Sensors | None = None
 
     @property
     def counters(self) -> FabricCounters:
         return FabricCounters(
             self._reconfigurations, self._transfers, self._dma_errors, self._hangs,
-            self._replaced,
+            self._replaced, self._resets, round(self._configuring, 6),
         )  # fmt: skip
+
+    @property
+    def trouble(self) -> str | None:
+        """What the last transfer failed of, until one succeeds again."""
+        return self._trouble
+
+    def readings(self) -> Readings:
+        """Temperatures and clocks of the board. For any thread; no need to have the fabric."""
+        return self._sensors.read() if self._sensors is not None else Readings()
 
     @property
     def loaded(self) -> str | None:
@@ -124,6 +142,7 @@ class FabricDriver:
 
                 self._device = Device.active_device
                 self._state = state_file(self._device)
+                self._sensors = Sensors(sysfs_of(self._device), pl_clocks)
         except ImportError as error:
             self.close()
             raise LoadError(
@@ -223,13 +242,15 @@ class FabricDriver:
             self._unfinished = started
             self._wait(active, started, deadline)
             active.engine.check(count)
-        except FabricSick:
+        except FabricSick as error:
             self._broken = True
+            self._trouble = str(error)
             raise
         except _PYNQ_ERRORS as error:
             self._broken = True
-            raise FabricSick(f"{active.package.name}: transfer refused ({error})") from error
-        self._unfinished = None
+            self._trouble = f"{active.package.name}: transfer refused ({error})"
+            raise FabricSick(self._trouble) from error
+        self._unfinished = self._trouble = None
         self._transfers += 1
         for slot, into in zip(active.receives, results, strict=True):
             nbytes = into.size
@@ -279,6 +300,7 @@ class FabricDriver:
         broken, self._broken, self._unfinished = self._broken, False, None
         if self._active is not None and broken:
             # A core must not write into buffers that are about to be given back.
+            self._resets += 1
             try:
                 quiet = self._active.engine.stop()
             except (FabricSick, BackendUnavailable, *_PYNQ_ERRORS) as error:
@@ -349,7 +371,9 @@ class FabricDriver:
             self._overlays[package.identity] = known
         overlay, hardware = known
         set_frequencies(overlay.clock_dict, package.clock_mhz)
+        started = self._monotonic()
         overlay.download()
+        self._configuring += self._monotonic() - started
         self._reconfigurations += 1
         self._mark = mark_of(self._state)
         # Whatever ran in the fabric before is gone, and with it who could write there.

@@ -41,13 +41,15 @@ from ..errors import (
 from ..tensors import NUMPY_DTYPES, TensorSpec
 from .package import Signature
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MESSAGE_LIMIT = 64 << 10
 PAYLOAD_LIMIT = 64 << 20
 """Bytes of all inputs, or of all outputs, of one request."""
-INFERRED = b"GLI2"
+INFERRED = b"GLI3"
 _JSON = b"GLJ2"
-_INFERENCE = struct.Struct("<4s16sdIQ")
+_HEAD = struct.Struct("<4s16sIQ")
+_INFERENCE = struct.Struct("<32sd")
+INFERENCE_BYTES = _INFERENCE.size
 _MAX_RANK = 16
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(array.array("i").itemsize)
 
@@ -89,10 +91,28 @@ class Inference:
     nbytes: int
 
     def encode(self) -> bytes:
-        return _INFERENCE.pack(INFERRED, self.handle, self.deadline, self.items, self.nbytes)
+        return encode_inference(inference_head(self.handle, self.items, self.nbytes), self.deadline)
 
 
 Message = Inference | Mapping[str, Any]
+
+
+def inference_head(handle: bytes, items: int, nbytes: int) -> bytes:
+    """What is the same in all requests for as many items with one package."""
+    return _HEAD.pack(INFERRED, handle, items, nbytes)
+
+
+def encode_inference(head: bytes, deadline: float) -> bytes:
+    """An `Inference` in bytes."""
+    return _INFERENCE.pack(head, deadline)
+
+
+def split_inference(packet: bytes) -> tuple[bytes, float]:
+    """Head and deadline of `INFERENCE_BYTES` that begin with `INFERRED`. Raises ProtocolError."""
+    head, deadline = _INFERENCE.unpack(packet)
+    if deadline != deadline:
+        raise ProtocolError("the deadline is not a number")
+    return head, deadline
 
 
 def encode_message(header: Mapping[str, Any]) -> bytes:
@@ -105,10 +125,9 @@ def encode_message(header: Mapping[str, Any]) -> bytes:
 
 def decode_message(packet: bytes) -> Message:
     """The message in a packet. Raises ProtocolError."""
-    if packet.startswith(INFERRED) and len(packet) == _INFERENCE.size:
-        _, handle, deadline, items, nbytes = _INFERENCE.unpack(packet)
-        if deadline != deadline:
-            raise ProtocolError("the deadline is not a number")
+    if packet.startswith(INFERRED) and len(packet) == INFERENCE_BYTES:
+        head, deadline = split_inference(packet)
+        _, handle, items, nbytes = _HEAD.unpack(head)
         return Inference(handle, deadline, items, nbytes)
     if not packet.startswith(_JSON):
         raise ProtocolError("not a message of the fabric protocol")
@@ -198,6 +217,8 @@ def receive_request(connection: socket.socket) -> tuple[bytes, int | None] | Non
     packet, ancillary, flags, _ = connection.recvmsg(
         MESSAGE_LIMIT, _DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC
     )
+    if not ancillary and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        return (packet, None) if packet else None
     descriptors = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

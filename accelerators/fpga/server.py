@@ -168,6 +168,7 @@ class FabricServer:
         """What `status` and `hello` answer: identity, counters, and what is loaded."""
         counters = asdict(self._driver.counters)
         turns = self._turns.counters
+        readings = self._driver.readings()
         return {
             "board": self._board.name if self._board else None,
             "part": self._board.part if self._board else None,
@@ -177,6 +178,13 @@ class FabricServer:
             "dmaErrors": counters["dma_errors"],
             "hangs": counters["hangs"],
             "replaced": counters["replaced"],
+            "resets": counters["resets"],
+            "trouble": self._driver.trouble,
+            "busySeconds": round(turns.busy, 6),
+            "configuringSeconds": counters["configuring"],
+            "temperatures": readings.temperatures,
+            "clocksMhz": readings.clocks,
+            "manager": readings.manager,
             "requests": self._requests,
             "expired": turns.expired,
             "swaps": turns.swaps,

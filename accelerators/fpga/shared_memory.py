@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..errors import BackendUnavailable
+from ..tensors import Array
 from .packing import Bytes
 from .protocol import PAYLOAD_LIMIT, ProtocolError
 
@@ -33,6 +34,10 @@ class Place:
     offset: int
     items: int
     item_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.items * self.item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,12 @@ class Segment:
 
     def view(self, place: Place) -> Bytes:
         """uint8 [items, item_bytes], not a copy."""
-        nbytes = place.items * place.item_bytes
-        return self._bytes[place.offset : place.offset + nbytes].reshape(
-            place.items, place.item_bytes
-        )
+        return self._bytes[place.offset : place.end].reshape(place.items, place.item_bytes)
+
+    def tensor(self, place: Place, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:
+        """The same memory as `dtype` [items, *shape], whose items have as many bytes."""
+        flat = self._bytes[place.offset : place.end].view(dtype)
+        return flat.reshape(place.items, *shape)
 
 
 def make_segment(nbytes: int) -> tuple[Segment, int]:

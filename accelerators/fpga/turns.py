@@ -27,7 +27,8 @@ class _Place:
 class TurnCounters:
     """`swaps_avoided`: turns for the loaded overlay ahead of an older request of another one.
 
-    `refused` requests went to the CPU, because configuring takes longer than they had time.
+    `refused` requests went to the CPU, because configuring takes longer than they had time. `busy`
+    is how many seconds somebody had the fabric, whatever for.
     """
 
     swaps: int = 0
@@ -36,6 +37,7 @@ class TurnCounters:
     prefetches: int = 0
     expired: int = 0
     waiting: int = 0
+    busy: float = 0.0
 
 
 class Turns:
@@ -58,6 +60,7 @@ class Turns:
         self._next_ticket = 0
         self._until = self._alarm = math.inf
         self._idle_since: float | None = None
+        self._busy = 0.0
         self._swaps = self._avoided = self._refused = self._prefetches = self._expired = 0
         self._fetching: Overlay | None = None
         self._closed = False
@@ -90,7 +93,7 @@ class Turns:
         with self._guard:
             return TurnCounters(
                 self._swaps, self._avoided, self._refused, self._prefetches,
-                self._expired, len(self._places),
+                self._expired, len(self._places), self._busy,
             )  # fmt: skip
 
     def enter(self, overlay: Overlay | None, deadline: float) -> bool:
@@ -137,6 +140,8 @@ class Turns:
         """Give the fabric back, with `loaded` in it."""
         with self._guard:
             now = self._monotonic()
+            if self._busy_since is not None:
+                self._busy += now - self._busy_since
             fabric = self._fabric
             if loaded == fabric.loaded and not (fabric.waiting or fabric.demands or self._closed):
                 # Most turns: nothing to decide, so nothing is computed.

@@ -26,6 +26,7 @@ from ...accelerators.parent import die_with_parent
 from ...protos.services import SCORING, handlers
 from .control_service import ControlService
 from .dataplane import DataPlane
+from .fabric_metrics import FabricMetrics
 from .grpc_server import AddressUnavailable
 from .residency import BudgetedBackend, Residency
 from .settings import ScoringSettings
@@ -94,7 +95,8 @@ def _serve(settings: ScoringSettings) -> int:
 def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> int:
     plane = DataPlane(_version())
     with ExitStack() as unused:
-        transports = Transports(plane, settings)
+        fabric = fabric_of(backends)
+        transports = Transports(plane, settings, metrics=() if fabric is None else (fabric,))
         unused.callback(transports.stop, 0.0)
         service = ControlService(
             plane,
@@ -163,6 +165,13 @@ def make_backends(settings: ScoringSettings, cleanup: ExitStack) -> Mapping[str,
         here = [BudgetedBackend(backend, residency) for backend in here]
     backends.update((backend.name, backend) for backend in here)
     return backends
+
+
+def fabric_of(backends: Mapping[str, Backend]) -> FabricMetrics | None:
+    """What there is to tell of the fabric process; None without an FPGA."""
+    fpga = backends.get("fpga")
+    status = getattr(fpga, "fabric_status", None)
+    return None if status is None else FabricMetrics(status)
 
 
 def _make_room(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,14 +36,16 @@ class Transports:
         *,
         grpc_limits: GrpcLimits | None = None,
         http_limits: HttpLimits | None = None,
+        metrics: Sequence[MetricsSource] = (),
     ) -> None:
-        """Raises AddressUnavailable, and then holds nothing."""
+        """`metrics`: what else is told there. Raises AddressUnavailable, then holds nothing."""
         largest = settings.max_message_bytes
         limits = grpc_limits or GrpcLimits(settings.grpc_threads, max_message_bytes=largest)
         http = http_limits or replace(HttpLimits(), max_body_bytes=largest)
         self.grpc_address = self.http_address = self.metrics_address = ""
         self._grpc: GrpcServer | None = None
         self._calls: GrpcCalls | None = None
+        self._more = tuple(metrics)
         access = make_access(plane, settings)
         self._spans = (
             OtlpExporter(settings.otlp_url, "gatelet-scoring", plane.server_metadata().version)
@@ -69,9 +72,9 @@ class Transports:
                     settings.http_address, self._service, _tls(settings)
                 )
             if settings.metrics_address:
-                metrics = MetricsService(plane, self._sources(access), access)
+                service = MetricsService(plane, self._sources(access), access)
                 self.metrics_address = self._http.listen(
-                    settings.metrics_address, metrics, _tls(settings)
+                    settings.metrics_address, service, _tls(settings)
                 )
             if settings.grpc_address:
                 if settings.grpc_transport == "http2":
@@ -115,7 +118,7 @@ class Transports:
 
     def _sources(self, access: Access) -> tuple[MetricsSource, ...]:
         spans = () if self._spans is None else (self._spans,)
-        return (self._http, access, *spans)
+        return (self._http, access, *spans, *self._more)
 
 
 def make_access(plane: DataPlane, settings: ScoringSettings) -> Access:

@@ -30,6 +30,7 @@ from .dma import AxiDma
 from .faults import FaultFile
 from .memory import ContiguousMemory
 from .registers import Bus, zynq7_clocks, zynqmp_clocks
+from .sysfs import SimulatedSysfs
 
 _CLOCK_WINDOW = 0x1000
 # A Z7020's 4,045,564 bytes take about 30 ms through the PCAP.
@@ -55,6 +56,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         state_file: Path | None = None,
         sleep: Callable[[float], object] = time.sleep,
         firmware: Path | None = None,
+        sysfs: SimulatedSysfs | None = None,
     ) -> None:
         super().__init__(f"simulated-{board.name}")
         self.board = board
@@ -68,10 +70,16 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self.state_file = state_file
         self._sleep = sleep
         self.firmware = firmware
+        self._sysfs = sysfs
         self._preload: dict[str, tuple[bytes, str]] = {}
         self.downloads = 0
         self._clocks = zynq7_clocks() if board.arch == "armv7l" else zynqmp_clocks()
         self._bus = self._empty_bus()
+
+    @property
+    def sysfs(self) -> Path | None:
+        """Where this board's /sys is; None where nothing is told."""
+        return self._sysfs.root if self._sysfs is not None else None
 
     def read_registers(self, address: int, length: int) -> bytes:
         return self._bus.read(address, length)
@@ -91,6 +99,18 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         return parser
 
     def download(self, bitstream: Any, parser: Any = None) -> None:
+        try:
+            self._configure(bitstream, parser)
+        except OSError:
+            self._tell("write error")
+            raise
+        self._tell("operating")
+
+    def _tell(self, state: str) -> None:
+        if self._sysfs is not None:
+            self._sysfs.set_state(state)
+
+    def _configure(self, bitstream: Any, parser: Any) -> None:
         if bitstream.partial:
             raise RuntimeError("the simulated fabric has no partial reconfiguration")
         if parser is None:
@@ -134,7 +154,16 @@ class SimulatedDevice(Device):  # type: ignore[misc]
             if self.firmware is not None:
                 bitstream.firmware_path = self.firmware / bitstream.binfile_name
                 bitstream.firmware_path.write_bytes(found[0])
-        return self._preload[bitstream.binfile_name]
+        try:
+            return self._preload[bitstream.binfile_name]
+        except KeyError:
+            raise OSError(
+                errno.ENOENT, f"direct firmware load for {bitstream.binfile_name} failed"
+            ) from None
+
+    def clear_firmware(self) -> None:
+        """What somebody else may do on a board: /lib/firmware is empty."""
+        self._preload.clear()
 
     def configure_elsewhere(self) -> None:
         """What another process does to this one: the fabric holds a design nobody here knows."""
@@ -236,14 +265,15 @@ def activate(
     state_file: Path | None = None,
     sleep: Callable[[float], object] = time.sleep,
     firmware: Path | None = None,
+    sysfs: SimulatedSysfs | None = None,
 ) -> SimulatedDevice:
     """A new simulated board as pynq's active device, in place of the one before.
 
     `state_file` is where it notes what it was configured with, as pynq does on a board. `sleep`
     lets the time of a configuration pass, which goes with the size of the bitstream. `firmware` is
-    its /lib/firmware (None: kept in memory).
+    its /lib/firmware (None: kept in memory), `sysfs` its /sys (None: it has none).
     """
-    device = SimulatedDevice(board, faults, state_file, sleep, firmware)
+    device = SimulatedDevice(board, faults, state_file, sleep, firmware, sysfs)
     SimulatedDevice._installed[:] = [device]
     Device.active_device = device
     # pynq keeps the clocks of the first device it ever saw.

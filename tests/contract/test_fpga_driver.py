@@ -157,13 +157,14 @@ def test_a_hang_ends_at_the_deadline_and_the_fabric_comes_back(
 
 
 def test_a_broken_overlay_does_not_stand_in_the_way_of_another(
-    driver: FabricDriver, tmp_path: Path, faults: Path
+    driver: FabricDriver, device: Any, tmp_path: Path, faults: Path
 ) -> None:
     one, other = package(tmp_path / "1", 1), package(tmp_path / "2", 2)
     driver.load(one)
     write_fault(faults, Fault("hang", times=1))
     with pytest.raises(FabricSick):
         infer(driver, one, items(3), None)
+    device.clear_firmware()
     one.bit.unlink()
     driver.load(other)
     np.testing.assert_array_equal(
