@@ -18,6 +18,7 @@ from typing import Any
 from ..agent.clock import Clock, SystemClock
 from ..agent.runtime.container import RuntimeFailed
 from ..agent.runtime.engine_errors import unreachable
+from ..agent.runtime.policy import DockerPolicy
 from ..modules.oci.reference import ImageRef
 from .engine_container import SIGKILL, SimulatedContainer, SimulatedImage
 from .engine_runtime import SOCKET, SimulatedRuntime
@@ -52,8 +53,8 @@ class SimulatedEngine:
         self._made = 0
         self._wakers: set[asyncio.Event] = set()
 
-    def runtime(self, device_id: str) -> SimulatedRuntime:
-        return SimulatedRuntime(self, device_id)
+    def runtime(self, device_id: str, policy: DockerPolicy | None = None) -> SimulatedRuntime:
+        return SimulatedRuntime(self, device_id, policy)
 
     def publish(
         self,

@@ -2,9 +2,9 @@
 
 A simulated process does what its command and environment say, in the words of the test image:
 `serve` (default) runs until it is stopped; EXIT_AFTER_MS and EXIT_CODE end it; with a health check
-it is well from HEALTHY_AFTER_MS until SICK_AFTER_MS; IGNORE_TERM makes it wait for SIGKILL;
-`exit N` ends at once, `lines N [PAUSE_MS [serve]]` writes lines, `eat` is killed for its memory,
-`env` writes its environment.
+it is well from HEALTHY_AFTER_MS until SICK_AFTER_MS; IGNORE_TERM makes it wait for SIGINT or
+SIGKILL; `exit N` ends at once, `lines N [PAUSE_MS [serve]]` writes lines, `eat` is killed for its
+memory, `env` writes its environment.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class SimulatedContainer:
         }
         self.lines: list[LogLine] = []
         self._timers: list[asyncio.TimerHandle] = []
+        self._watchers: list[asyncio.Event] = []
         self.sick = False
         self._started = 0.0
 
@@ -94,6 +95,13 @@ class SimulatedContainer:
             **(self.body.get("Healthcheck") or {}),
         }
         return {} if given.get("Test") in (None, [], ["NONE"]) else given
+
+    @property
+    def ignores_stop(self) -> bool:
+        """Whether the signal that is to stop it does nothing."""
+        signal = self.body.get("StopSignal") or self.image.config.get("StopSignal") or "SIGTERM"
+        heard = ("SIGINT",) if "IGNORE_TERM" in self.environment else ("SIGTERM", "SIGINT")
+        return signal not in heard
 
     def inspect(self) -> dict[str, Any]:
         """As the real engine's `GET /containers/{id}/json`, as far as it is looked at."""
@@ -199,10 +207,23 @@ class SimulatedContainer:
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
+        for watcher in self._watchers:
+            watcher.set()
         self.state.update(
             Status="exited", Running=False, ExitCode=code, OOMKilled=oom, FinishedAt=self._stamp()
         )
         self._notify()
+
+    async def kill_after(self, seconds: float) -> None:
+        """Wait until it ended, by itself or killed after `seconds`."""
+        ended = asyncio.Event()
+        self._watchers.append(ended)
+        timer = asyncio.get_running_loop().call_later(seconds, self.end, SIGKILL)
+        try:
+            await ended.wait()
+        finally:
+            timer.cancel()
+            self._watchers.remove(ended)
 
     def feel(self, *, sick: bool) -> None:
         """What the health check finds from now on."""

@@ -25,6 +25,7 @@ from ..agent.runtime.create_rules import CREATED_LABEL
 from ..agent.runtime.drift import drift
 from ..agent.runtime.engine_errors import explained, unreachable
 from ..agent.runtime.inspection import container_view
+from ..agent.runtime.policy import DockerPolicy, stop_seconds
 from ..modules.errors import InvalidReference
 from ..modules.oci.reference import ImageRef
 from .engine_container import SIGKILL, SIGTERM, SimulatedContainer, SimulatedImage
@@ -38,9 +39,12 @@ SOCKET = "/run/simulated-engine.sock"
 class SimulatedRuntime:
     """`ContainerRuntime` on a simulated engine. Get one by `SimulatedEngine.runtime`."""
 
-    def __init__(self, engine: SimulatedEngine, device_id: str) -> None:
+    def __init__(
+        self, engine: SimulatedEngine, device_id: str, policy: DockerPolicy | None = None
+    ) -> None:
         self._engine = engine
         self._device = device_id
+        self._policy = policy
         self._wakers: set[asyncio.Event] = set()
         self._closed = False
 
@@ -171,15 +175,15 @@ class SimulatedRuntime:
         if not container.state["Running"]:
             container.begin()
 
-    async def stop(self, name: str, timeout: float = 10.0) -> None:
+    async def stop(self, name: str, timeout: float | None = None) -> None:
         engine = self._engine
         await engine.answer("stop", f"stop container {name}")
         container = engine._find(name)
         if container is None or not container.state["Running"]:
             return
-        if "IGNORE_TERM" in container.environment:
-            await asyncio.sleep(timeout)
-            container.end(SIGKILL)
+        if container.ignores_stop:
+            seconds = stop_seconds(self._policy, container.body.get("StopTimeout"))
+            await container.kill_after(seconds if timeout is None else timeout)
             return
         if container.command[0] == "serve" or len(container.command) > 3:
             container.write("stdout", "ended")

@@ -62,7 +62,7 @@ PROBE = r"""
 extern char **environ;
 static volatile sig_atomic_t ending, healthy = 1;
 static void on_signal(int number) {
-  if (number == SIGTERM) ending = 1;
+  if (number == SIGTERM || number == SIGINT) ending = 1;
   else healthy = number == SIGUSR2;
 }
 static long number(const char *name, long otherwise) {
@@ -110,6 +110,7 @@ int main(int count, char **words) {
   long well = number("HEALTHY_AFTER_MS", 0);
   int was = -1;
   signal(SIGTERM, getenv("IGNORE_TERM") ? SIG_IGN : on_signal);
+  signal(SIGINT, on_signal);
   signal(SIGUSR1, on_signal);
   signal(SIGUSR2, on_signal);
   mkdir("/run", 0755);
@@ -127,8 +128,8 @@ int main(int count, char **words) {
 """
 """`/probe serve` (default) runs until SIGTERM, and is healthy for `/probe check` from
 HEALTHY_AFTER_MS until SICK_AFTER_MS (SIGUSR1: sick, SIGUSR2: well again); it ends by itself at
-EXIT_AFTER_MS with EXIT_CODE and may IGNORE_TERM. `exit N`, `env`, `lines N [PAUSE_MS [serve]]`
-(odd ones to stderr) and `eat` (memory) do that."""
+EXIT_AFTER_MS with EXIT_CODE and may IGNORE_TERM (SIGINT ends it then). `exit N`, `env`,
+`lines N [PAUSE_MS [serve]]` (odd ones to stderr) and `eat` (memory) do that."""
 
 HEALTHCHECK = {
     "Test": ["CMD", "/probe", "check"],

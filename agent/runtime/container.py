@@ -156,8 +156,10 @@ class ContainerRuntime(Protocol):
 
     async def start(self, name: str) -> None: ...
 
-    async def stop(self, name: str, timeout: float = 10.0) -> None:
-        """SIGTERM, after `timeout` seconds SIGKILL; no error when it does not run."""
+    async def stop(self, name: str, timeout: float | None = None) -> None:
+        """The container's own StopSignal, after `timeout` seconds SIGKILL; no error when it does
+        not run. None: its own StopTimeout, see `policy.stop_seconds`. May take that long; other
+        calls do not wait for it. Cancelling the call ends the waiting, not always the stop."""
 
     async def remove(self, name: str) -> None:
         """Remove by force, with anonymous volumes; no error when it is not there."""

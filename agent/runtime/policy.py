@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+STOP_SECONDS = 10
+"""Docker's own, where neither StopTimeout nor anybody else says more."""
+
 _DEVICE_PERMISSIONS = re.compile(r"[rwm]{1,3}\Z")
 _PLAIN_PATH = re.compile(r"/[^\x00-\x1f\x7f]*\Z")
 
@@ -20,6 +23,7 @@ class DockerPolicy(
     host paths with optional permissions (`/dev/uio0:r`). `capabilities` are names with or without
     `CAP_` ("ALL" only permits "ALL"). `security-options`, `sysctls` (names), `runtimes` and
     `log-drivers` permit exactly what they list. `allow-privileged` permits everything.
+    `max-stop-seconds` bounds what StopTimeout asks for.
     """
 
     allow_privileged: bool = False
@@ -34,8 +38,14 @@ class DockerPolicy(
     sysctls: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ()
     log_drivers: tuple[str, ...] = ()
+    max_stop_seconds: int = 300
 
     def __post_init__(self) -> None:
+        if not 1 <= self.max_stop_seconds <= 86_400:
+            raise ValueError(
+                f"docker.policy.max-stop-seconds is {self.max_stop_seconds}; it must be from 1 to "
+                "86400"
+            )
         for entry in self.mounts:
             _, mode = _split(entry)
             _check_entry("mounts", entry, mode in ("", "ro", "rw"), "PATH or PATH:ro")
@@ -125,6 +135,18 @@ def device_refusal(policy: DockerPolicy, device: str, permissions: str) -> str |
         f"{path} ({permissions}) is not allowed by [docker.policy] devices; "
         f'add "{path}:{permissions}" there to permit it'
     )
+
+
+def stop_seconds(policy: DockerPolicy | None, asked: int | None) -> int:
+    """How long a container may take to end after its StopSignal until it is killed.
+
+    `asked` is its StopTimeout, None where it has none; Docker reads a negative one as "for ever",
+    which here is the policy's limit, so that no update waits for ever.
+    """
+    limit = (policy or DockerPolicy()).max_stop_seconds
+    if asked is None:
+        asked = STOP_SECONDS
+    return limit if asked < 0 else min(asked, limit)
 
 
 def protected_paths(*paths: str) -> tuple[str, ...]:

@@ -36,8 +36,10 @@ class RealBench:
         self.runtimes = []
         self.foreign = []
 
-    def runtime(self, device=None):
-        runtime = DockerRuntime(self.engine.socket, device or self.device, timeout=30)
+    def runtime(self, device=None, policy=None):
+        runtime = DockerRuntime(
+            self.engine.socket, device or self.device, policy=policy, timeout=30
+        )
         self.runtimes.append(runtime)
         return runtime
 
@@ -86,8 +88,8 @@ class SimulatedBench:
         for name in ("signal", "update", "rename", "create_foreign", "stop", "start"):
             setattr(self, name, getattr(self.engine, name))
 
-    def runtime(self, device=None):
-        return self.engine.runtime(device or self.device)
+    def runtime(self, device=None, policy=None):
+        return self.engine.runtime(device or self.device, policy)
 
     def publish(self, name, config=None, login=False):
         image = f"registry.test:5000/{name}"
@@ -261,6 +263,68 @@ async def test_a_process_that_does_not_listen_is_killed(bench, runtime):
     spec = await made(bench, runtime, env=[("IGNORE_TERM", "1")])
     await runtime.stop(spec.name, timeout=1)
     assert (await view(runtime, spec)).exit_code == 137
+
+
+async def deaf(bench, runtime, **options):
+    """A container that does not hear SIGTERM, once it does not."""
+    spec = await made(bench, runtime, env=[("IGNORE_TERM", "1")], **options)
+    stream = runtime.logs(spec.name, LogFilter(), follow=True)
+    assert (await asyncio.wait_for(stream.__anext__(), SECONDS)).text == "started"
+    await stream.aclose()
+    return spec
+
+
+async def test_a_stop_waits_as_long_as_the_container_asks(bench, runtime):
+    soon = await deaf(bench, runtime, StopTimeout=1)
+    late = await deaf(bench, runtime, StopTimeout=200)
+    stopping = asyncio.ensure_future(runtime.stop(late.name))
+    begin = time.monotonic()
+    await runtime.stop(soon.name)
+    assert time.monotonic() - begin > 0.9
+    ended = await view(runtime, soon)
+    assert (ended.state, ended.exit_code, ended.drift) == ("exited", 137, ())
+    assert (await view(runtime, late)).state == "running"
+    bench.signal(late.name, "SIGKILL")
+    await asyncio.wait_for(stopping, SECONDS)
+
+
+@pytest.mark.parametrize("asked", [60, -1])
+async def test_no_container_is_waited_for_longer_than_the_policy_says(bench, asked):
+    runtime = bench.runtime(policy=DockerPolicy(max_stop_seconds=1))
+    spec = await deaf(bench, runtime, StopTimeout=asked)
+    await runtime.stop(spec.name)
+    ended = await view(runtime, spec)
+    assert (ended.state, ended.exit_code) == ("exited", 137)
+    assert (ended.finished_at - ended.started_at).total_seconds() < 50
+
+
+@pytest.mark.parametrize("whose", ["container", "image"])
+async def test_a_container_ends_by_the_signal_that_it_asks_for(bench, runtime, whose):
+    config = {"StopSignal": "SIGINT"} if whose == "image" else None
+    options = {} if config else {"StopSignal": "SIGINT"}
+    name = f"{unique()}:1"
+    spec = await deaf(bench, runtime, name=name, config=config, StopTimeout=60, **options)
+    await runtime.stop(spec.name)
+    ended = await view(runtime, spec)
+    assert (ended.state, ended.exit_code, ended.drift) == ("exited", 0, ())
+
+
+async def test_containers_that_take_their_time_to_end_keep_nobody_waiting(bench, runtime):
+    # More than there are threads for calls.
+    specs = [await deaf(bench, runtime, StopTimeout=200) for _ in range(6)]
+    stops = [asyncio.ensure_future(runtime.stop(spec.name)) for spec in specs]
+    other = await made(bench, runtime)
+    assert {found.state for found in await runtime.containers()} == {"running"}
+    await runtime.stop(other.name)
+    assert (await view(runtime, other)).state == "exited"
+    assert not any(stop.done() for stop in stops)
+    # Neither does giving up the waiting.
+    stops[0].cancel()
+    await asyncio.wait({stops[0]}, timeout=SECONDS)
+    assert stops[0].cancelled()
+    for spec in specs:
+        bench.signal(spec.name, "SIGKILL")
+    await asyncio.wait_for(asyncio.gather(*stops[1:]), SECONDS)
 
 
 async def test_logs_by_line_and_stream(bench, runtime):
@@ -720,6 +784,21 @@ async def test_closing_ends_what_waits(real):
         await asyncio.wait_for(waiting, SECONDS)
     with pytest.raises(RuntimeFailed):
         await runtime.containers()
+
+
+async def test_closing_does_not_wait_for_a_container_to_end(real):
+    runtime = real.runtime()
+    spec = await deaf(real, runtime, StopTimeout=200)
+    stream = real.runtime().events()
+    await asyncio.wait_for(stream.__anext__(), SECONDS)
+    stop = asyncio.ensure_future(runtime.stop(spec.name))
+    # The engine has sent its signal: from now on it waits.
+    await asyncio.wait_for(stream.__anext__(), SECONDS)
+    await stream.aclose()
+    await asyncio.wait_for(runtime.close(), SECONDS)
+    with pytest.raises(RuntimeFailed):
+        await asyncio.wait_for(stop, SECONDS)
+    assert (await view(real.runtime(), spec)).state == "running"
 
 
 async def test_a_link_on_the_host_must_be_permitted_too(real, tmp_path):

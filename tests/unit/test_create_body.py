@@ -411,7 +411,9 @@ def test_the_policy_in_the_configuration():
     docker = parse_config(text, "agent.toml").docker
     assert (docker.enabled, docker.network) == (False, "modules")
     assert docker.policy == DockerPolicy(allow_host_network=True, mounts=("/data:ro",))
-    for bad in ('mounts = ["data"]', 'mounts = ["/a:rx"]', 'devices = ["/d:x"]', "mount = []"):
+    bounds = ("max-stop-seconds = 0", "max-stop-seconds = 90000", 'max-stop-seconds = "1"')
+    paths = ('mounts = ["data"]', 'mounts = ["/a:rx"]', 'devices = ["/d:x"]', "mount = []")
+    for bad in (*bounds, *paths):
         with pytest.raises(ConfigError, match="docker"):
             parse_config(f"[docker.policy]\n{bad}", "agent.toml")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from itertools import pairwise
 
 import pytest
 from container_world import HEALTHCHECK, Device, manifest, play
 from gatelet.agent.conditions import conditions
+from gatelet.agent.plan_types import Stop
 from gatelet.agent.runtime.container import RuntimeFailed
 
 V1, V2 = "r.io/app:1", "r.io/app:2"
@@ -598,5 +600,68 @@ def test_what_the_policy_forbids_fails_before_anything_stops() -> None:
         said = await device.failed(manifest(aa=forbidden))
         assert "HostConfig.Privileged" in said
         assert device.ids() == before
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds", "code"),
+    [
+        ({}, 10, 137),
+        ({"StopTimeout": 100}, 100, 137),
+        ({"StopTimeout": 0}, 0, 137),
+        ({"StopTimeout": -1}, 300, 137),
+        ({"StopTimeout": 4000}, 300, 137),
+        ({"StopTimeout": 100, "StopSignal": "SIGINT"}, 0, 0),
+    ],
+)
+def test_a_container_ends_in_its_own_way_at_an_update_a_rollback_a_restart_and_a_stop(
+    options: dict[str, object], seconds: float, code: int
+) -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        env = {"IGNORE_TERM": "1"}
+        entry = {"image": V1, "options": options, "env": env}
+        await device.good(manifest(aa=entry))
+        sick = {"Healthcheck": HEALTHCHECK, **options}
+        ill = {"image": V2, "options": sick, "env": {**env, "SICK_AFTER_MS": "9000"}}
+        assert "health check failed" in await device.failed(manifest(aa=ill))
+        assert device.containers() == {"aa": f"{V1} running"}
+        container = device.engine._named("aa")
+        started = container.state["StartedAt"]
+        device.reconciler.restart("aa")
+        await device.until(lambda: container.state["StartedAt"] != started)
+        await device.good(manifest(aa={**entry, "status": "stopped"}))
+        assert container.state["ExitCode"] == code
+        began, took = None, []
+        for at, _, step, outcome, _ in device.store.journal_tail(200):
+            if not step.startswith("stop aa"):
+                continue
+            assert outcome == ("started" if began is None else "done")
+            if began is None:
+                began = datetime.fromisoformat(at)
+            else:
+                took.append((datetime.fromisoformat(at) - began).total_seconds())
+                began = None
+        assert len(took) == 4
+        assert took == pytest.approx([seconds] * 4, abs=1)
+
+    play(scenario)
+
+
+def test_the_agent_does_not_wait_for_a_container_that_takes_its_time_to_end() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        entry = {"image": V1, "options": {"StopTimeout": 290}, "env": {"IGNORE_TERM": "1"}}
+        await device.good(manifest(aa=entry))
+        device.reconciler.submit("local", 0, manifest(aa=V2), always=True)
+        await device.until(lambda: any(isinstance(step, Stop) for step in device.snapshot.running))
+        began = device.clock.monotonic()
+        await device.kill()
+        assert device.clock.monotonic() - began < 1
+        # What it began is brought to its end by the next one.
+        device.start()
+        await device.until(lambda: device.phase() == "good")
+        assert device.containers() == {"aa": f"{V2} running"}
 
     play(scenario)
