@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from .plan_models import routes_of, wanted_routes
 from .plan_types import (
+    Announce,
     Collect,
     Create,
     Failure,
@@ -34,6 +35,7 @@ from .plan_types import (
     Unload,
     UpdateMode,
     Wanted,
+    WantedEndpoint,
     WantedModule,
     describe,
     module_of,
@@ -42,6 +44,7 @@ from .plan_types import (
 from .planning import Planning
 
 __all__ = [
+    "Announce",
     "Collect",
     "Create",
     "Failure",
@@ -66,6 +69,7 @@ __all__ = [
     "Unload",
     "UpdateMode",
     "Wanted",
+    "WantedEndpoint",
     "WantedModule",
     "describe",
     "module_of",

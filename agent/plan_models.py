@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from .plan_types import Load, Observed, Probe, Route, Step, Target, Wanted, WantedModule
+from .plan_types import (
+    Load,
+    Observed,
+    Probe,
+    Route,
+    Step,
+    Target,
+    Wanted,
+    WantedEndpoint,
+    WantedModule,
+)
+from .scoring_env import AUTH_MODES
 
 
 def instance_step(module: WantedModule, observed: Observed) -> Step | None:
@@ -36,11 +48,22 @@ def wanted_endpoints(wanted: Wanted) -> set[str]:
     return {m.options.endpoint for m in wanted.modules if m.running and m.scores}
 
 
+def announced_endpoints(modules: Iterable[WantedModule]) -> tuple[WantedEndpoint, ...]:
+    """The endpoints of running modules that certainly score, with what their clients must show."""
+    strictest: dict[str, str] = {}
+    for module in modules:
+        if module.running and module.kind in ("model", "scoring"):
+            options = module.options
+            known = strictest.get(options.endpoint, AUTH_MODES[0])
+            strictest[options.endpoint] = max(known, options.auth, key=AUTH_MODES.index)
+    return tuple(WantedEndpoint(*pair) for pair in sorted(strictest.items()))
+
+
 def wanted_routes(wanted: Wanted, fallback: Wanted | None, observed: Observed) -> tuple[Route, ...]:
     """Routes by endpoint name: the new targets where all are ready, else what serves it now.
 
     What serves now is the present route as far as its instances are alive, else the ready ones
-    of `fallback`.
+    of `fallback`, else those of the new targets that are ready, once the default one is.
     """
     ready = ready_endpoints(wanted, observed)
     present = {route.endpoint: route for route in observed.routes}
@@ -50,13 +73,23 @@ def wanted_routes(wanted: Wanted, fallback: Wanted | None, observed: Observed) -
         if endpoint in ready:
             routes.append(route)
             continue
-        for candidate in (present.get(endpoint), old.get(endpoint)):
+        for candidate in (present.get(endpoint), old.get(endpoint), _begun(route, observed)):
             if candidate is not None and all(
                 instance_state(observed, target.instance) == "ready" for target in candidate.targets
             ):
                 routes.append(candidate)
                 break
     return tuple(sorted(routes, key=lambda route: route.endpoint))
+
+
+def _begun(route: Route, observed: Observed) -> Route | None:
+    """`route` without the targets that are not ready, whose share the default one takes."""
+    default, *others = route.targets
+    if instance_state(observed, default.instance) != "ready":
+        return None
+    there = [one for one in others if instance_state(observed, one.instance) == "ready"]
+    rest = max(0, 100 - sum(target.percent for target in there))
+    return replace(route, targets=(replace(default, percent=rest), *there))
 
 
 def routes_of(modules: Iterable[WantedModule]) -> dict[str, Route]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from .module_spec import MAX_STARTUP_ORDER, RestartPolicy
 from .restarts import RestartRules, RestartState
@@ -87,6 +87,18 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class WantedEndpoint:
+    """What the scoring process is told of an endpoint before its models are there."""
+
+    endpoint: str
+    auth: str = "none"
+
+
+UNTOLD: Final = (WantedEndpoint(""),)
+"""Of a scoring process that was told nothing yet, not even that no endpoint is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceView:
     """A model inside the scoring process: `state` is "loaded", "ready" or "failed".
 
@@ -105,7 +117,8 @@ class Observed:
     containers are unknown, not that there are none; `engine` "none": there is nothing to ask.
 
     `images` are digests in the model store, `engine_images` those in the engine; `containers` go
-    by container name.
+    by container name. `announced`: the endpoints that the scoring process was told of, None where
+    it takes no such word.
     """
 
     images: frozenset[str]
@@ -116,6 +129,7 @@ class Observed:
     engine_error: str = ""
     containers: Mapping[str, ContainerView] = field(default_factory=dict)
     engine_images: frozenset[str] = frozenset()
+    announced: tuple[WantedEndpoint, ...] | None = None
 
 
 # -- steps -------------------------------------------------------------------------------------
@@ -160,6 +174,13 @@ class Load:
 class Probe:
     module: str
     instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the scoring process which endpoints are wanted, loaded or not."""
+
+    endpoints: tuple[WantedEndpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +243,7 @@ Step = (
     | Pull
     | Load
     | Probe
+    | Announce
     | Switch
     | Unload
     | Create
@@ -245,6 +267,8 @@ def subject(step: Step) -> str:
         return f"pull:{step.module}"
     if isinstance(step, (Load, Probe, Create, Start, Stop, Remove)):
         return f"module:{step.module}"
+    if isinstance(step, Announce):
+        return "endpoints"
     if isinstance(step, Switch):
         return "routes"
     if isinstance(step, Unload):
@@ -262,6 +286,9 @@ def describe(step: Step) -> str:
         return f"load {step.module} ({step.digest[:19]})"
     if isinstance(step, Probe):
         return f"probe {step.module}"
+    if isinstance(step, Announce):
+        names = ", ".join(one.endpoint for one in step.endpoints)
+        return f"announce {names or 'that no endpoint is wanted'}"
     if isinstance(step, Switch):
         endpoints = ", ".join(route.endpoint for route in step.routes) or "nothing"
         return f"switch routes to {endpoints}"

@@ -16,6 +16,7 @@ from .plan_containers import (
     view_of,
 )
 from .plan_models import (
+    announced_endpoints,
     instance_state,
     instance_step,
     ready_endpoints,
@@ -24,6 +25,7 @@ from .plan_models import (
     wanted_routes,
 )
 from .plan_types import (
+    Announce,
     Create,
     Failure,
     History,
@@ -96,6 +98,7 @@ class Planning:
         if self.missing or self.holding:
             self._keep_running()
         kept = self._keep_serving()
+        self._announce()
         self._route(kept)
         settled = (
             not self.steps
@@ -312,6 +315,17 @@ class Planning:
         for module in kept:
             self._add(self._instance_step(module))
         return kept
+
+    def _announce(self) -> None:
+        if not self.observed.scoring_up or self.observed.announced is None:
+            return
+        modules = list(self.running)
+        if self.holding:
+            # What was served goes on until the new deployment can begin.
+            modules += self.old.values()
+        endpoints = announced_endpoints(modules)
+        if endpoints != self.observed.announced:
+            self._add(Announce(endpoints))
 
     def _route(self, kept: Iterable[WantedModule]) -> None:
         observed = self.observed

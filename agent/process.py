@@ -242,6 +242,8 @@ class Agent:
             work.append(self._sender.run())
         if isinstance(self._engine, Engine):
             work.append(self._engine.run())
+        if isinstance(self._scoring, ScoringLink):
+            work.append(self._scoring.watch(self._look_again))
         jobs = [asyncio.ensure_future(job) for job in work]
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)

@@ -12,7 +12,8 @@ import grpc.aio
 from ..protos import control_pb2 as pb
 from ..protos.services import AsyncScoringStub
 from .canary import Counts
-from .plan import InstanceView, Route, Target
+from .plan import InstanceView, Route, Target, WantedEndpoint
+from .plan_types import UNTOLD
 from .scoring_env import ScoringOptions
 from .seams import BackendView, LoadedModel, MemoryView, MirrorView, ScoringView, StepFailed
 
@@ -60,6 +61,19 @@ class ScoringLink:
     async def close(self) -> None:
         await self._channel.close(None)
 
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` whenever the scoring process went away or came back, until cancelled.
+
+        What was seen of it last is no longer true then, and it has to be told everything anew.
+        """
+        up = False
+        while True:
+            state = self._channel.get_state(try_to_connect=True)
+            if up != (state is grpc.ChannelConnectivity.READY):
+                up = not up
+                changed()
+            await self._channel.wait_for_state_change(state)
+
     async def status(self) -> ScoringView:
         answer = await _ask(lambda: self._stub.status(pb.StatusRequest(), timeout=STATUS_SECONDS))
         return ScoringView(
@@ -86,6 +100,7 @@ class ScoringLink:
                 )
                 if address
             ),
+            _announced(answer),
         )
 
     async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
@@ -105,6 +120,12 @@ class ScoringLink:
         answer = await _ask(lambda: self._stub.probe(request, timeout=PROBE_SECONDS))
         if answer.status.state != pb.InstanceStatus.READY:
             raise StepFailed(answer.status.error or "the probe failed", retryable=False)
+
+    async def announce(self, endpoints: tuple[WantedEndpoint, ...]) -> None:
+        request = pb.AnnounceRequest(
+            endpoints=[pb.WantedEndpoint(endpoint=one.endpoint, auth=one.auth) for one in endpoints]
+        )
+        await _ask(lambda: self._stub.announce(request, timeout=STATUS_SECONDS))
 
     async def switch(self, routes: tuple[Route, ...]) -> None:
         request = pb.SwitchRequest(
@@ -160,6 +181,15 @@ def _model(status: pb.InstanceStatus) -> LoadedModel:
         _mirrored(status),
         _memory(status),
     )
+
+
+def _announced(answer: pb.StatusResponse) -> tuple[WantedEndpoint, ...] | None:
+    # A scoring process of an earlier release knows no such call.
+    if not answer.HasField("announced"):
+        return None
+    if not answer.announced:
+        return UNTOLD
+    return tuple(WantedEndpoint(one.endpoint, one.auth or "none") for one in answer.endpoints)
 
 
 def _memory(status: pb.InstanceStatus) -> MemoryView | None:

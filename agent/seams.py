@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from .canary import Counts
-from .plan import InstanceView, Kind, Route
+from .plan import InstanceView, Kind, Route, WantedEndpoint
 from .runtime.container import ContainerRuntime, ContainerView, EngineImage
 from .scoring_env import ScoringOptions
 
@@ -80,13 +80,14 @@ class LoadedModel:
 @dataclass(frozen=True, slots=True)
 class ScoringView:
     """The scoring process as seen now. `boot_id` differs after each of its starts; `addresses` is
-    where its clients connect, by protocol."""
+    where its clients connect, by protocol; `announced`: see `plan_types.Observed`."""
 
     boot_id: str
     pid: int
     models: tuple[LoadedModel, ...]
     routes: tuple[Route, ...]
     addresses: tuple[tuple[str, str], ...] = ()
+    announced: tuple[WantedEndpoint, ...] | None = None
 
 
 class ScoringControl(Protocol):
@@ -100,6 +101,9 @@ class ScoringControl(Protocol):
         """Load what a container serves on the Unix socket `socket`."""
 
     async def probe(self, instance: str) -> None: ...
+
+    async def announce(self, endpoints: tuple[WantedEndpoint, ...]) -> None:
+        """Say which endpoints are wanted. Only asked where `ScoringView.announced` is not None."""
 
     async def switch(self, routes: tuple[Route, ...]) -> None: ...
 

@@ -9,6 +9,7 @@ from ..modules.errors import ImageError
 from ..modules.oci.manifest import MODEL_LABEL
 from ..modules.oci.reference import ImageRef
 from .plan import (
+    Announce,
     Collect,
     Create,
     Kind,
@@ -111,7 +112,14 @@ class Executor:
             )
             for model in view.models
         }
-        return replace(observed, scoring_up=True, instances=instances, routes=view.routes), view
+        seen = replace(
+            observed,
+            scoring_up=True,
+            instances=instances,
+            routes=view.routes,
+            announced=view.announced,
+        )
+        return seen, view
 
     def stored_images(self) -> tuple[StoredView, ...]:
         return self._images.views()
@@ -135,6 +143,8 @@ class Executor:
                 await self._scoring.load(step.instance, directory, step.options)
         elif isinstance(step, Probe):
             await self._scoring.probe(step.instance)
+        elif isinstance(step, Announce):
+            await self._scoring.announce(step.endpoints)
         elif isinstance(step, Switch):
             await self._scoring.switch(step.routes)
         elif isinstance(step, Unload):

@@ -83,6 +83,24 @@ class Route(_message.Message):
     sticky_header: str
     def __init__(self, endpoint: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ..., sticky_header: _Optional[str] = ...) -> None: ...
 
+class WantedEndpoint(_message.Message):
+    __slots__ = ("endpoint", "auth")
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    AUTH_FIELD_NUMBER: _ClassVar[int]
+    endpoint: str
+    auth: str
+    def __init__(self, endpoint: _Optional[str] = ..., auth: _Optional[str] = ...) -> None: ...
+
+class AnnounceRequest(_message.Message):
+    __slots__ = ("endpoints",)
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    endpoints: _containers.RepeatedCompositeFieldContainer[WantedEndpoint]
+    def __init__(self, endpoints: _Optional[_Iterable[_Union[WantedEndpoint, _Mapping]]] = ...) -> None: ...
+
+class AnnounceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class SwitchRequest(_message.Message):
     __slots__ = ("routes",)
     ROUTES_FIELD_NUMBER: _ClassVar[int]
@@ -196,7 +214,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address", "http_address", "metrics_address")
+    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address", "http_address", "metrics_address", "announced", "endpoints")
     PID_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     ROUTES_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +222,8 @@ class StatusResponse(_message.Message):
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     pid: int
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
     routes: _containers.RepeatedCompositeFieldContainer[Route]
@@ -211,7 +231,9 @@ class StatusResponse(_message.Message):
     grpc_address: str
     http_address: str
     metrics_address: str
-    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    announced: bool
+    endpoints: _containers.RepeatedCompositeFieldContainer[WantedEndpoint]
+    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., announced: bool = ..., endpoints: _Optional[_Iterable[_Union[WantedEndpoint, _Mapping]]] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("manifest",)

@@ -153,6 +153,7 @@ class ScoringStub(Stub["grpc.Channel"]):
     service = SCORING
     load: Unary[control.LoadRequest, control.LoadResponse]
     probe: Unary[control.ProbeRequest, control.ProbeResponse]
+    announce: Unary[control.AnnounceRequest, control.AnnounceResponse]
     switch: Unary[control.SwitchRequest, control.SwitchResponse]
     unload: Unary[control.UnloadRequest, control.UnloadResponse]
     status: Unary[control.StatusRequest, control.StatusResponse]
@@ -162,6 +163,7 @@ class AsyncScoringStub(Stub["grpc.aio.Channel"]):
     service = SCORING
     load: AsyncUnary[control.LoadRequest, control.LoadResponse]
     probe: AsyncUnary[control.ProbeRequest, control.ProbeResponse]
+    announce: AsyncUnary[control.AnnounceRequest, control.AnnounceResponse]
     switch: AsyncUnary[control.SwitchRequest, control.SwitchResponse]
     unload: AsyncUnary[control.UnloadRequest, control.UnloadResponse]
     status: AsyncUnary[control.StatusRequest, control.StatusResponse]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from ..agent.plan import InstanceView, Route
+from ..agent.plan import InstanceView, Route, WantedEndpoint
+from ..agent.plan_types import UNTOLD
 from ..agent.scoring_env import ScoringOptions
 from ..agent.seams import (
     BackendView,
@@ -106,6 +107,7 @@ class MemoryScoring:
     states: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
+    announced: tuple[WantedEndpoint, ...] = UNTOLD
     broken: set[str] = field(default_factory=set)
     deadly: set[str] = field(default_factory=set)
     violations: list[str] = field(default_factory=list)
@@ -115,6 +117,7 @@ class MemoryScoring:
         self.states.clear()
         self.digests.clear()
         self.routes = ()
+        self.announced = UNTOLD
         self.note("scoring crashed")
 
     def serving(self) -> dict[str, str]:
@@ -137,7 +140,7 @@ class MemoryScoring:
             LoadedModel(InstanceView(name, state), "m", "1", (_CPU,), ())
             for name, state in self.states.items()
         )
-        return ScoringView(f"boot-{self.boot}", 1, models, self.routes)
+        return ScoringView(f"boot-{self.boot}", 1, models, self.routes, (), self.announced)
 
     async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
         await self._work(10)
@@ -159,6 +162,10 @@ class MemoryScoring:
         if instance not in self.states:
             raise StepFailed(f"{instance} is not loaded", retryable=True)
         self.states[instance] = "ready"
+
+    async def announce(self, endpoints: tuple[WantedEndpoint, ...]) -> None:
+        await self._work(0.1)
+        self.announced = endpoints
 
     async def switch(self, routes: tuple[Route, ...]) -> None:
         await self._work(0.1)

@@ -24,7 +24,7 @@ audit = logging.getLogger("gatelet.scoring.audit")
 NONE: Final = "none"
 KEY: Final = "key"
 TOKEN: Final = "token"
-_STRICTNESS = (NONE, KEY, TOKEN)
+STRICTNESS: Final = (NONE, KEY, TOKEN)
 _AUDITED = RateLimit(10.0, 50)
 _BEARER = "bearer "
 
@@ -64,34 +64,35 @@ class Access:
 
     def mode(self, endpoint: str) -> str:
         """What the strictest of the endpoint's modules asks for: none, key or token."""
-        route = self._plane.table.routes.get(endpoint)
-        modes = [self._floor]
+        table = self._plane.table
+        route = table.routes.get(endpoint)
         if route is not None:
-            modes += [target.instance.auth for target in route.targets]
-        return max(modes, key=_STRICTNESS.index)
+            modes = [target.instance.auth for target in route.targets]
+        else:
+            # Whoever may not call it shall not learn that it is being loaded.
+            modes = [table.coming.get(endpoint, NONE)]
+        return max((self._floor, *modes), key=STRICTNESS.index)
 
     def open_to_all(self, endpoint: str) -> bool:
         """Whether `admit` would let anybody pass, and counts nobody."""
-        return (
-            self._rates is None
-            and self._floor == NONE
-            and all(
-                target.instance.auth == NONE
-                for name, route in self._plane.table.routes.items()
-                if endpoint in ("", name) or endpoint not in self._plane.table.routes
-                for target in route.targets
-            )
-        )
+        if self._rates is not None or self._floor != NONE:
+            return False
+        route = self._plane.table.routes.get(endpoint)
+        if route is not None:
+            return all(target.instance.auth == NONE for target in route.targets)
+        return all(self.mode(name) == NONE for name in self._concerned(endpoint))
+
+    def _concerned(self, endpoint: str) -> tuple[str, ...]:
+        """The endpoints of which one must be open to a caller of `endpoint`."""
+        known = self._plane.table.endpoints
+        return (endpoint,) if endpoint in known else tuple(known)
 
     def admit(self, caller: Caller, endpoint: str, operation: str) -> None:
         """Let a call pass or raise. `endpoint` "": what concerns the whole server, which whoever
         may call any endpoint may call."""
         try:
             self._count(caller)
-            if endpoint and endpoint in self._plane.table.routes:
-                self._check(caller, (endpoint,))
-            else:
-                self._check(caller, tuple(self._plane.table.routes))
+            self._check(caller, self._concerned(endpoint))
         except ScoringError as error:
             self._note(caller, endpoint, operation, error)
             raise

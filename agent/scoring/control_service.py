@@ -18,6 +18,7 @@ import grpc
 
 from ...accelerators.backend import Backend
 from ...protos import control_pb2 as pb
+from .access import NONE, STRICTNESS
 from .dataplane import DataPlane
 from .ensemble import find_circle
 from .ensemble_backend import EnsembleBackend, steps_of
@@ -63,6 +64,7 @@ class ControlService:
         self._loading = threading.Lock()
         self._changing = threading.Lock()
         self._loaded: dict[str, Loaded | LoadedRemote] = {}
+        self._announced = False
 
     def load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         if not request.instance or len(request.instance) > _MAX_NAME:
@@ -126,6 +128,27 @@ class ControlService:
         if loaded.instance.state is State.FAILED:
             log.warning("probe of %s failed: %s", request.instance, loaded.instance.error)
         return pb.ProbeResponse(status=_status(loaded))
+
+    def announce(
+        self, request: pb.AnnounceRequest, context: grpc.ServicerContext
+    ) -> pb.AnnounceResponse:
+        endpoints = {one.endpoint: one.auth or NONE for one in request.endpoints}
+        if "" in endpoints or len(endpoints) < len(request.endpoints):
+            _refuse(
+                context, grpc.StatusCode.INVALID_ARGUMENT, "endpoints must be named, and once each"
+            )
+        unknown = set(endpoints.values()) - set(STRICTNESS)
+        if unknown:
+            _refuse(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"auth must be one of {', '.join(STRICTNESS)}, found {sorted(unknown)[0]!r}",
+            )
+        with self._changing:
+            self._plane.announce(endpoints)
+            self._announced = True
+        log.info("wanted are %s", ", ".join(sorted(endpoints)) or "no endpoints")
+        return pb.AnnounceResponse()
 
     def switch(self, request: pb.SwitchRequest, context: grpc.ServicerContext) -> pb.SwitchResponse:
         with self._changing:
@@ -235,6 +258,11 @@ class ControlService:
             grpc_address=self._addresses[0],
             http_address=self._addresses[1],
             metrics_address=self._addresses[2],
+            announced=self._announced,
+            endpoints=[
+                pb.WantedEndpoint(endpoint=endpoint, auth=auth)
+                for endpoint, auth in sorted(self._plane.table.coming.items())
+            ],
         )
 
     def retry_missing(self) -> None:

@@ -173,7 +173,7 @@ def repository_index(plane: DataPlane, only_ready: bool) -> oip.RepositoryIndexR
             oip.RepositoryIndexResponse.ModelIndex(
                 name=entry.name,
                 version=entry.version,
-                state="READY" if entry.ready else "UNAVAILABLE",
+                state=entry.state,
                 reason=entry.reason,
             )
             for entry in index(plane, only_ready)

@@ -21,12 +21,22 @@ _LOAD_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of a model in the index. `reason` says why it is not ready."""
+    """One version of a model in the index. `reason` says why it is not ready.
+
+    One that is not there yet has no version.
+    """
 
     name: str
     version: str
     ready: bool
     reason: str = ""
+
+    @property
+    def state(self) -> str:
+        """Triton's word for it."""
+        if self.ready:
+            return "READY"
+        return "UNAVAILABLE" if self.version else "LOADING"
 
 
 def served(plane: DataPlane, name: str = "", version: str = "") -> Iterator[tuple[str, Instance]]:
@@ -50,6 +60,9 @@ def index(plane: DataPlane, only_ready: bool = False) -> list[Entry]:
         reason = "" if ready else "no backend can answer now"
         if ready or not only_ready:
             entries.append(Entry(endpoint, instance.version, ready, reason))
+    if not only_ready:
+        absent = sorted(plane.table.absent)
+        entries += [Entry(endpoint, "", False, "being loaded") for endpoint in absent]
     return entries
 
 
@@ -62,6 +75,7 @@ def load(plane: DataPlane, name: str, parameters: bool) -> None:
             "with the deployment; deploy a module with the model you want",
         )
     if name not in plane.table.routes:
+        plane.require_served(name)
         raise ScoringError(
             Code.UNAVAILABLE,
             f"model {name!r} cannot be loaded: the deployment does not name it; add a module for "
@@ -94,7 +108,7 @@ def unload(plane: DataPlane, name: str) -> None:
                 Code.UNAVAILABLE, f"model {name!r} is answering a request; try again", 0.1
             )
         return
-    if name in plane.table.routes:
+    if name in plane.table.endpoints:
         raise ScoringError(
             Code.UNAVAILABLE,
             f"model {name!r} cannot be unloaded: the deployment names it; remove its module from "

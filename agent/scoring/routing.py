@@ -51,9 +51,23 @@ class Route(Generic[I]):
 
 @dataclass(frozen=True, slots=True)
 class RoutingTable(Generic[I]):
-    """Every endpoint by its name. Replaced as a whole, never changed."""
+    """Every endpoint by its name. Replaced as a whole, never changed.
+
+    `coming`: endpoints that the deployment wants, routed or not, and what clients must show there.
+    """
 
     routes: Mapping[str, Route[I]] = field(default_factory=dict)
+    coming: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def endpoints(self) -> frozenset[str]:
+        """What is routed or wanted."""
+        return frozenset((*self.routes, *self.coming))
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """What is wanted and not routed yet."""
+        return frozenset(self.coming.keys() - self.routes.keys())
 
 
 def make_route(

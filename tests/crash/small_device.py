@@ -82,6 +82,9 @@ class CheckedScoring:
             InstanceView(instance, "ready"), loaded.model, loaded.version, loaded.backends, ()
         )
 
+    async def announce(self, endpoints: object) -> None:
+        raise AssertionError("this scoring process takes no such word")
+
     async def switch(self, routes: tuple[Route, ...]) -> None:
         before = {route.endpoint for route in self._routes}
         after = {route.endpoint for route in routes}

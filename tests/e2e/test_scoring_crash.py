@@ -132,13 +132,32 @@ async def test_a_crash_inside_onnxruntime(
     assert answers[:4] == ["UNAVAILABLE"] * 4
     assert set(answers[4:]) <= {"RemoteDisconnected", "ConnectionResetError"}
 
-    # The models come back one after another.
-    codes = set()
-    deadline = time.monotonic() + 40
-    while "OK" not in codes and time.monotonic() < deadline:
-        codes.add(await asyncio.to_thread(over_grpc, device.grpc_address, 5))
-    assert codes <= {"OK", "UNAVAILABLE", "NOT_FOUND"}
+    # The models come back one after another; what is wanted is never unknown meanwhile.
+    async def codes_until_it_answers(way: Callable[[str, int], str], address: str) -> set[str]:
+        codes: set[str] = set()
+        deadline = time.monotonic() + 40
+        while not codes & {"OK", "200"} and time.monotonic() < deadline:
+            codes.add(await asyncio.to_thread(way, address, 5))
+        return codes
+
+    async def over_http_until_it_answers() -> set[str]:
+        # On another port than before.
+        status = await device.until(
+            lambda s: s["scoring"].get("http") not in (None, http_address), seconds=30
+        )
+        return await codes_until_it_answers(over_http, status["scoring"]["http"])
+
+    over_both = asyncio.gather(
+        codes_until_it_answers(over_grpc, device.grpc_address), over_http_until_it_answers()
+    )
+    # A device whose status says that it serves an endpoint does.
     await device.until(lambda s: set(s["endpoints"]) == {"digits", "looping"})
+    assert await asyncio.to_thread(over_grpc, device.grpc_address, 5) == "OK"
+    grpc_codes, http_codes = await over_both
+    assert "OK" in grpc_codes
+    assert grpc_codes <= {"OK", "UNAVAILABLE"}
+    assert "200" in http_codes
+    assert http_codes <= {"200", "503"}
     assert device.processes()["scoring"]["restarts"] == 1
     # The model beside it answers again, and so does the one that was running.
     accuracy, versions = await device.accuracy()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gatelet.protos import control_pb2 as pb
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site, serve
@@ -185,6 +186,49 @@ def test_several_endpoints(site: Site, folder: Path, tmp_path: Path) -> None:
         assert ask(other, "POST", "/score/a", {"data": [ROW]})[::2] == (200, ANSWER)
         status, _, answer = ask(other, "POST", "/score/c", {"data": [ROW]})
         assert (status, "deployed: 'a', 'b'" in answer["message"]) == (404, True)
+
+
+def test_endpoints_that_are_being_loaded(folder: Path, tmp_path: Path) -> None:
+    def statuses(*paths: str, **headers: str) -> list[int]:
+        sent = {key.replace("_", "-"): value for key, value in headers.items()}
+        return [ask(other, "POST", path, {"data": [ROW]}, sent)[0] for path in paths]
+
+    with serve(tmp_path / "s") as other:
+        one, two = pb.WantedEndpoint(endpoint="a"), pb.WantedEndpoint(endpoint="b")
+        other.control.announce(pb.AnnounceRequest(endpoints=[one]), 10)
+        status, headers, answer = ask(other, "POST", "/score", {"data": [ROW]})
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert answer["message"] == "model 'a' is being loaded; try again"
+        assert ask(other, "GET", "/")[0] == 503
+        other.control.announce(pb.AnnounceRequest(endpoints=[one, two]), 10)
+        assert statuses("/score", "/score/a", "/score/b", "/score/c") == [404, 503, 503, 404]
+        assert statuses("/score", azureml_model_deployment="b-module") == [503]
+        other.load("a-module@1", folder / "scale")
+        other.probe("a-module@1")
+        other.switch({"a": [("a-module@1", 0, True)]})
+        assert statuses("/score", "/score/a", "/score/b", "/score/c") == [404, 200, 503, 404]
+        assert statuses("/score", azureml_model_deployment="b-module") == [503]
+        assert statuses("/score", azureml_model_deployment="a-module") == [200]
+        # The protocol's own paths.
+        for method, path in (
+            ("GET", "/v2/models/b"),
+            ("GET", "/v2/models/b/ready"),
+            ("GET", "/v2/models/b/config"),
+            ("GET", "/v2/models/b/stats"),
+            ("POST", "/v2/models/b/infer"),
+            ("POST", "/v2/repository/models/b/load"),
+        ):
+            body = {"inputs": []} if path.endswith("infer") else None
+            status, headers, answer = ask(other, method, path, body)
+            assert (status, headers.get("retry-after")) == (503, "1"), path
+            assert answer["error"] == "model 'b' is being loaded; try again"
+        assert ask(other, "GET", "/v2/health/ready")[0] == 503
+        index = ask(other, "POST", "/v2/repository/index")[2]
+        assert {entry["name"]: entry["state"] for entry in index} == {"a": "READY", "b": "LOADING"}
+        assert [
+            entry["name"]
+            for entry in ask(other, "POST", "/v2/repository/index", {"ready": True})[2]
+        ] == ["a"]
 
 
 def test_swagger(site: Site) -> None:

@@ -32,6 +32,7 @@ from gatelet.agent.scoring.settings import ScoringSettings
 from gatelet.agent.scoring.tls import TlsFiles, TlsSettings
 from gatelet.agent.scoring.tokens import TokenSettings
 from gatelet.agent.scoring.transports import is_local, make_access
+from gatelet.protos import control_pb2 as pb
 from gatelet.protos import open_inference_pb2 as oip
 from gatelet.protos.services import InferenceStub
 from gatelet.simulator.pki import CertificateFiles, Pki
@@ -188,6 +189,18 @@ def test_what_concerns_the_whole_server_needs_any_of_the_keys(guarded: Guarded) 
     connection.request("GET", "/metrics")
     assert connection.getresponse().status == 401
     connection.close()
+
+
+def test_endpoints_that_are_being_loaded_ask_for_keys_already(tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path / "keys")
+    with serve(tmp_path / "s", settings={"keys_dir": str(tmp_path / "keys")}) as site:
+        starting = Guarded(site, keys)
+        wanted = [pb.WantedEndpoint(endpoint="key", auth="key"), pb.WantedEndpoint(endpoint="open")]
+        site.control.announce(pb.AnnounceRequest(endpoints=wanted), 10)
+        assert starting.infer("open") == (503, "UNAVAILABLE")
+        assert starting.infer("key") == REFUSED
+        assert starting.infer("key", keys.show("key").secondary) == (503, "UNAVAILABLE")
+        assert starting.infer("unknown", keys.show("key").primary) == (404, "NOT_FOUND")
 
 
 def test_tritonclients_pass_keys(guarded: Guarded) -> None:

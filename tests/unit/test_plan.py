@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from gatelet.agent.deployments import instance_name
 from gatelet.agent.plan import (
+    Announce,
     Collect,
     Failure,
     History,
@@ -22,11 +23,13 @@ from gatelet.agent.plan import (
     Switch,
     Unload,
     Wanted,
+    WantedEndpoint,
     WantedModule,
     plan,
     routes_of,
     subject,
 )
+from gatelet.agent.plan_types import UNTOLD
 from gatelet.agent.scoring_env import ScoringOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,10 +69,18 @@ class World:
     instances: dict[str, str] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
     pins: dict[tuple[int, str], str] = field(default_factory=dict)
+    announced: tuple[WantedEndpoint, ...] | None = None
 
     def observed(self) -> Observed:
         views = {name: InstanceView(name, state) for name, state in self.instances.items()}
-        return Observed(frozenset(self.images), True, views, self.routes)
+        images = frozenset(self.images)
+        return Observed(images, True, views, self.routes, announced=self.announced)
+
+    def crash(self) -> None:
+        """Of the scoring process."""
+        self.instances.clear()
+        self.routes = ()
+        self.announced = UNTOLD
 
     def served(self) -> set[str]:
         return {
@@ -89,6 +100,8 @@ class World:
             self.instances[step.instance] = "loaded"
         elif isinstance(step, Probe):
             self.instances[step.instance] = "ready"
+        elif isinstance(step, Announce):
+            self.announced = step.endpoints
         elif isinstance(step, Switch):
             for route in step.routes:
                 for target in route.targets:
@@ -167,8 +180,7 @@ def converge(
         lost = (before & still_wanted) - world.served()
         assert not lost, f"{step} stopped {lost}"
         if crash and draw.draw(st.integers(0, 15)) == 0:
-            world.instances.clear()
-            world.routes = ()
+            world.crash()
             crash = False
     pytest.fail("the plan does not come to an end")
 
@@ -178,7 +190,7 @@ def converge(
 def test_every_update_converges_and_never_stops_what_serves(
     data: st.DataObject, crash: bool
 ) -> None:
-    world = World()
+    world = World(announced=UNTOLD)
     first = data.draw(wanteds(1))
     second = data.draw(wanteds(2))
     converge(first, None, world, data, crash=False)
@@ -186,6 +198,8 @@ def test_every_update_converges_and_never_stops_what_serves(
     running = [m for m in pinned(second, world).modules if m.running]
     assert set(world.instances) == {m.instance for m in running}
     assert {route.endpoint: route for route in world.routes} == routes_of(running)
+    endpoints = sorted({m.options.endpoint for m in running})
+    assert world.announced == tuple(WantedEndpoint(endpoint) for endpoint in endpoints)
 
 
 @given(st.data())
@@ -220,6 +234,64 @@ def test_a_restarted_scoring_process_gets_the_old_version_while_the_new_one_cann
     world.instances[instance] = "ready"
     steps = look(bad, world, good).steps
     assert Switch(tuple(routes_of(good.modules).values())) in steps
+
+
+def test_a_restarted_scoring_process_is_told_what_is_wanted_before_anything_is_loaded() -> None:
+    guarded = ScoringOptions(endpoint="digits", traffic=5, auth="key")
+    modules = (
+        module("a", "1", endpoint="digits"),
+        replace(module("b", "2"), options=guarded),
+        module("late", "3", pinned=False),
+        module("off", "1", running=False),
+        replace(module("web", "2"), kind="container"),
+    )
+    world = World(announced=UNTOLD)
+    told = Announce((WantedEndpoint("digits", "key"),))
+    assert told in look(Wanted(1, modules), world).steps
+    world.take(told)
+    assert not [s for s in look(Wanted(1, modules), world).steps if isinstance(s, Announce)]
+    # That nothing is wanted is told, too: until then nobody knows.
+    world.crash()
+    assert look(Wanted(2, ()), world).steps == (Announce(()),)
+    # A process of an earlier release takes no such word.
+    assert look(Wanted(1, modules[:1]), World()).steps == (
+        Pull("a", "registry/a:1", modules[0].digest or ""),
+    )
+
+
+def test_what_is_held_until_an_update_can_begin_stays_announced() -> None:
+    good = Wanted(1, (module("digits", "1"), module("gone", "1")))
+    new = Wanted(2, (module("digits", "2", pinned=False), module("more", "3")))
+    world = World(images={good.modules[0].digest or ""}, announced=UNTOLD)
+    (told,) = (s for s in look(new, world, good).steps if isinstance(s, Announce))
+    assert [one.endpoint for one in told.endpoints] == ["digits", "gone", "more"]
+
+
+def test_an_endpoint_serves_as_soon_as_its_default_module_does() -> None:
+    modules = (
+        module("old", "1", endpoint="digits"),
+        module("new", "2", endpoint="digits", traffic=10),
+        module("third", "3", endpoint="digits", traffic=20),
+    )
+    old, new, third = (one.instance or "" for one in modules)
+    world = World(images={one.digest or "" for one in modules})
+    wanted = Wanted(1, modules)
+
+    def shares() -> dict[str, int]:
+        for step in look(wanted, world).steps:
+            if isinstance(step, Switch):
+                world.take(step)
+        return {t.instance: t.percent for route in world.routes for t in route.targets}
+
+    world.instances = {new: "ready", old: "loaded"}
+    assert shares() == {}
+    world.instances[old] = "ready"
+    assert shares() == {old: 90, new: 10}
+    world.instances[third] = "loaded"
+    assert shares() == {old: 90, new: 10}
+    world.instances[third] = "ready"
+    assert shares() == {old: 70, new: 10, third: 20}
+    assert look(wanted, world).settled
 
 
 def test_nothing_is_loaded_or_unloaded_while_the_scoring_process_is_away() -> None:

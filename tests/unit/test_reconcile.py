@@ -12,7 +12,8 @@ import pytest
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.image_housekeeping import DiskUsage, ImageHousekeeping
 from gatelet.agent.image_retention import Disk, RetentionRules
-from gatelet.agent.plan import InstanceView, Route
+from gatelet.agent.plan import InstanceView, Route, WantedEndpoint
+from gatelet.agent.plan_types import UNTOLD
 from gatelet.agent.reconcile import Reconciler, ReconcileSettings, Snapshot
 from gatelet.agent.scoring_env import ScoringOptions
 from gatelet.agent.seams import LoadedModel, Progress, Resolved, ScoringView, StepFailed, StoredView
@@ -87,6 +88,7 @@ class ScoringDouble:
     up: bool = True
     states: dict[str, str] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
+    announced: tuple[WantedEndpoint, ...] = UNTOLD
     broken: set[str] = field(default_factory=set)
     deadly: set[str] = field(default_factory=set)
     forgetful: bool = False
@@ -96,6 +98,7 @@ class ScoringDouble:
         self.boot += 1
         self.states.clear()
         self.routes = ()
+        self.announced = UNTOLD
 
     async def status(self) -> ScoringView:
         if not self.up:
@@ -104,7 +107,7 @@ class ScoringDouble:
             LoadedModel(InstanceView(name, state), "m", "1", (), ())
             for name, state in self.states.items()
         )
-        return ScoringView(f"boot-{self.boot}", 1, models, self.routes)
+        return ScoringView(f"boot-{self.boot}", 1, models, self.routes, (), self.announced)
 
     async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
         if directory.name in self.broken:
@@ -121,6 +124,9 @@ class ScoringDouble:
         self.probes += 1
         if not self.forgetful:
             self.states[instance] = "ready"
+
+    async def announce(self, endpoints: tuple[WantedEndpoint, ...]) -> None:
+        self.announced = endpoints
 
     async def switch(self, routes: tuple[Route, ...]) -> None:
         self.routes = routes

@@ -85,6 +85,66 @@ def test_load_probe_switch_score_unload(site: Site, client: ScoringClient, tmp_p
     assert not site.status().instances
 
 
+def announce(site: Site, **endpoints: str) -> None:
+    wanted = [pb.WantedEndpoint(endpoint=name, auth=auth) for name, auth in endpoints.items()]
+    site.control.announce(pb.AnnounceRequest(endpoints=wanted), 10)
+
+
+def test_what_is_wanted_is_unavailable_until_it_is_loaded(
+    site: Site, client: ScoringClient, tmp_path: Path
+) -> None:
+    def refusal(endpoint: str) -> ScoringError:
+        with pytest.raises(ScoringError) as caught:
+            client.infer(endpoint, X)
+        return caught.value
+
+    assert not site.status().announced
+    assert refusal("digits").code is refusal("nobody").code is Code.UNAVAILABLE
+    announce(site, digits="", more="none")
+    status = site.status()
+    assert (status.announced, [one.endpoint for one in status.endpoints]) == (
+        True,
+        ["digits", "more"],
+    )
+    assert refusal("nobody").code is Code.NOT_FOUND
+    for endpoint in ("digits", "more"):
+        error = refusal(endpoint)
+        assert error.code is Code.UNAVAILABLE
+        assert error.message == f"model {endpoint!r} is being loaded; try again"
+        assert not client.ready(endpoint)
+    # Loading leaves it so, and so does a route for another endpoint.
+    folder = onnx_models.scale_folder(tmp_path / "m", 3)
+    site.load("digits@1", folder)
+    site.probe("digits@1")
+    assert refusal("digits").code is Code.UNAVAILABLE
+    site.switch({"digits": [("digits@1", 0, True)]})
+    assert client.infer("digits", X)["total"].tolist() == [[12.0]]
+    assert refusal("more").code is Code.UNAVAILABLE
+    # Not everything that is wanted has been there yet.
+    assert not client.ready()
+    site.switch({name: [("digits@1", 0, True)] for name in ("digits", "more")})
+    assert client.ready()
+    # What a later deployment adds makes nobody look elsewhere.
+    announce(site, digits="", more="", third="")
+    assert client.ready()
+    assert refusal("third").code is Code.UNAVAILABLE
+    announce(site)
+    assert refusal("third").code is Code.NOT_FOUND
+    assert client.ready("digits")
+
+
+def test_announcements_are_checked(site: Site) -> None:
+    twice = [pb.WantedEndpoint(endpoint="a"), pb.WantedEndpoint(endpoint="a", auth="key")]
+    for endpoints, message in (
+        ([pb.WantedEndpoint()], "endpoints must be named"),
+        (twice, "and once each"),
+        ([pb.WantedEndpoint(endpoint="a", auth="magic")], "auth must be one of none, key, token"),
+    ):
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, message):
+            site.control.announce(pb.AnnounceRequest(endpoints=endpoints), 10)
+    assert not site.status().announced
+
+
 def test_load_is_idempotent_but_a_name_means_one_thing(site: Site, tmp_path: Path) -> None:
     folder = onnx_models.scale_folder(tmp_path / "m", 3)
     site.load("i", folder, timeout_ms=1000)
