@@ -180,7 +180,16 @@ class HttpServer:
         if context is not None:
             before, listener.server = listener.server, await self._serve_on(listener, context)
             if before is not None:
-                before.close()
+                await self._retire(before)
+
+    async def _retire(self, server: asyncio.Server) -> None:
+        """Close `server` without losing what it accepted: asyncio sets a connection up in the turn
+        after, and one whose server was closed meanwhile is dropped without a word."""
+        for listening in server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        for _ in range(2):
+            await asyncio.sleep(0)
+        server.close()
 
     def metrics(self) -> list[Family]:
         """For `/metrics`."""

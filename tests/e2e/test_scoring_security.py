@@ -9,6 +9,7 @@ import logging
 import os
 import ssl
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -368,6 +369,27 @@ def test_wide_addresses_ask_for_keys_and_renew_certificates(
         roots = grpc.ssl_channel_credentials(other.ca_file.read_bytes())
         with grpc.secure_channel(target, roots) as channel:
             assert InferenceStub(channel).model_metadata(request, 20, metadata).name == "e"
+
+
+def test_nobody_is_left_hanging_while_certificates_are_renewed(
+    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(http_server, "_SWEEP_SECONDS", 0.001)
+    renewed: list[TlsFiles] = []
+
+    def renew(files: TlsFiles) -> ssl.SSLContext:
+        renewed.append(files)
+        return files.context()
+
+    monkeypatch.setattr(TlsFiles, "renewed", renew)
+    settings = {"tls": place(pki.server(["localhost"]), tmp_path / "tls"), "grpc_address": ""}
+    trust = pki.client_context()
+    with serve(tmp_path / "s", settings=settings, http_address="0.0.0.0:0") as site:
+        with ThreadPoolExecutor(8) as clients:
+            asked = clients.map(lambda _: https(site, trust, "/v2")[0], range(200))
+            assert set(asked) == {200}
+    assert len(renewed) > 20
 
 
 def test_mutual_tls(tmp_path: Path, pki: Pki) -> None:
