@@ -385,10 +385,12 @@ def test_nobody_is_left_hanging_while_certificates_are_renewed(
     monkeypatch.setattr(TlsFiles, "renewed", renew)
     settings = {"tls": place(pki.server(["localhost"]), tmp_path / "tls"), "grpc_address": ""}
     trust = pki.client_context()
-    with serve(tmp_path / "s", settings=settings, http_address="0.0.0.0:0") as site:
-        with ThreadPoolExecutor(8) as clients:
-            asked = clients.map(lambda _: https(site, trust, "/v2")[0], range(200))
-            assert set(asked) == {200}
+    with (
+        serve(tmp_path / "s", settings=settings, http_address="0.0.0.0:0") as site,
+        ThreadPoolExecutor(8) as clients,
+    ):
+        asked = clients.map(lambda _: https(site, trust, "/v2")[0], range(200))
+        assert set(asked) == {200}
     assert len(renewed) > 20
 
 
