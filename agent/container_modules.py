@@ -11,6 +11,7 @@ from .clock import Clock
 from .config import AgentConfig, ConfigError, read_secret
 from .deployments import ContainerRefused
 from .engine import Engine
+from .hub_names import HubNames
 from .manifest import ManifestError
 from .module_spec import ModuleSpec
 from .runtime.container import SCORING_LABEL, ContainerRuntime, ContainerSpec
@@ -23,14 +24,17 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class DeviceContainers:
-    """`ContainerMaker` under this device's policy."""
+    """`ContainerMaker` under this device's policy. `hub` says by which names modules find it."""
 
-    def __init__(self, config: AgentConfig, hub_host: str = "", gateway_host: str = "") -> None:
+    def __init__(self, config: AgentConfig, hub: Callable[[], HubNames] = HubNames) -> None:
         self._config = config
+        self._hub = hub
         self._run_dir = PurePosixPath(config.device.run_dir.absolute())
         self._protected = _protected(config)
-        self._hub_host = hub_host
-        self._gateway_host = gateway_host
+
+    @property
+    def device(self) -> HubNames:
+        return self._hub()
 
     def container(
         self,
@@ -41,7 +45,7 @@ class DeviceContainers:
         model: str = "",
         logging_options: str,
     ) -> ContainerSpec:
-        docker = self._config.docker
+        docker, hub = self._config.docker, self._hub()
         facts = CreateFacts(
             digest=digest,
             run_dir=self._run_dir,
@@ -49,8 +53,9 @@ class DeviceContainers:
             protected=self._protected,
             logging_options=logging_options,
             network=docker.network,
-            hub_host=self._hub_host,
-            gateway_host=self._gateway_host,
+            hub_host=hub.host,
+            hub_device=hub.device,
+            gateway_host=hub.gateway,
         )
         try:
             return create_body(spec, self._config.device_id, docker.policy, facts)

@@ -46,6 +46,11 @@ class ContainerRefused(Exception):
 class ContainerMaker(Protocol):
     """Says what a module's container shall be on this device."""
 
+    @property
+    def device(self) -> object:
+        """What of the device goes into its containers and may change while the agent runs."""
+        ...
+
     def container(
         self,
         spec: ModuleSpec,

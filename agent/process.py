@@ -26,6 +26,7 @@ from .config import AgentConfig, ConfigError, read_secret
 from .container_modules import DeviceContainers, boot_id, open_engine
 from .control_server import ControlServer
 from .engine import Engine
+from .hub_names import KnownHub
 from .image_housekeeping import HostDisk, ImageHousekeeping
 from .image_retention import RetentionRules
 from .image_trust import ImageTrust
@@ -85,10 +86,11 @@ async def run_agent(config: AgentConfig) -> int:
             store = StateStore(config.device.state_dir / "state.db", SystemClock())
         except StoreError as error:
             raise ConfigError(str(error)) from error
-        links = transports(config)
+        hub = KnownHub(store)
+        links = transports(config, hub)
         outbox = open_outbox(config, SystemClock()) if links else None
         try:
-            agent = Agent(config, store, SystemClock(), links, outbox)
+            agent = Agent(config, store, SystemClock(), links, outbox, hub=hub)
             notifier = Notifier.from_environment()
             signs = asyncio.ensure_future(notifier.beat())
             try:
@@ -133,6 +135,7 @@ class Agent:
         settings: ReconcileSettings | None = None,
         jitter: Random | None = None,
         runtime: ContainerRuntime | None = None,
+        hub: KnownHub | None = None,
     ) -> None:
         """`outbox` is None where there is no link. The rest is for simulations.
 
@@ -142,6 +145,8 @@ class Agent:
         self._store = store
         self._clock = clock
         self._board = board_of(config)
+        self._hub = hub or KnownHub(store)
+        self._hub.on_change = self._look_again
         trust = load_trust(config.trust)
         self._images = images or RegistryImages(
             config.device.state_dir / "images",
@@ -177,7 +182,7 @@ class Agent:
             settings or reconcile_settings(config),
             self._publish,
             jitter,
-            maker=DeviceContainers(config),
+            maker=DeviceContainers(config, lambda: self._hub.names),
             housekeeping=housekeeping,
             boot_id=boot_id(),
         )
@@ -457,22 +462,30 @@ def _upstream(config: AgentConfig, links: tuple[TwinTransport, ...]) -> TwinTran
     return None
 
 
-def transports(config: AgentConfig) -> tuple[TwinTransport, ...]:
-    """The transports that the configuration asks for. Raises ConfigError."""
+def transports(config: AgentConfig, known: KnownHub | None = None) -> tuple[TwinTransport, ...]:
+    """The transports that the configuration asks for; `known` learns the hub's name.
+
+    Raises ConfigError.
+    """
     links: list[TwinTransport] = []
     if config.iothub is not None:
         from .identity.configured import identity_source
         from .twin.iothub import IotHubSettings, IotHubTransport
+        from .twin.iothub_client import ignore
 
         hub = config.iothub
         try:
+            source = identity_source(hub, os.environ)
+            if known is not None:
+                known.begin(source)
             settings = IotHubSettings(
-                identity_source(hub, os.environ),
+                source,
                 ca_file=hub.ca_file,
                 proxy=hub.proxy or None,
                 websockets=hub.websockets,
                 state_dir=config.device.state_dir,
                 token_lifetime=hub.token_lifetime_seconds,
+                logged_in=ignore if known is None else known.note,
             )
         except ValueError as error:
             raise ConfigError(f"[iothub]: {error}") from error

@@ -512,6 +512,7 @@ class Reconciler:
             generation,
             tuple(sorted((m, pin.digest, pin.kind, pin.model) for m, pin in pins.items())),
             tuple(sorted(reloads.items())),
+            None if self._maker is None else self._maker.device,
         )
         known = self._wanteds.get(key)
         # A preview's manifest has no generation of its own.

@@ -13,6 +13,7 @@ from typing import Any
 from gatelet.agent.config import AgentConfig, DeviceConfig
 from gatelet.agent.container_modules import DeviceContainers
 from gatelet.agent.engine import Engine
+from gatelet.agent.hub_names import HubNames
 from gatelet.agent.image_housekeeping import ImageHousekeeping
 from gatelet.agent.image_retention import Disk, RetentionRules
 from gatelet.agent.plan import InstanceView
@@ -147,6 +148,7 @@ class Device:
         self.scoring = Scoring()
         self.disk = Free()
         self.boot_id = "boot-1"
+        self.hub = HubNames()
         self.snapshot = Snapshot()
         self.random = Random(1)
         self._tasks: list[asyncio.Task[Any]] = []
@@ -168,7 +170,7 @@ class Device:
             self.settings,
             self._publish,
             self.random,
-            maker=DeviceContainers(config),
+            maker=DeviceContainers(config, lambda: self.hub),
             housekeeping=housekeeping,
             boot_id=self.boot_id,
         )

@@ -52,7 +52,8 @@ class CreateFacts:
     `digest`: the image's, as pinned. `image_labels`: those of the image. `protected`: host paths
     that give away the device (`policy.protected_paths`). `logging_options`: the manifest's
     `runtime.settings.loggingOptions`. `network`: the one to join where createOptions name none, ""
-    for the engine's default. `hub_host`, `gateway_host`: as the module should know them, or "".
+    for the engine's default. `hub_host`, `hub_device`, `gateway_host`: as the module should know
+    them, or "".
     """
 
     digest: str = ""
@@ -62,6 +63,7 @@ class CreateFacts:
     logging_options: str = ""
     network: str = ""
     hub_host: str = ""
+    hub_device: str = ""
     gateway_host: str = ""
 
 
@@ -168,7 +170,7 @@ def _environment(
         if not _ENV_NAME.match(name) or "\0" in value:
             problems.append(f"env.{name}: a name without '=' and a value without NUL is needed")
         found[name] = value
-    found["IOTEDGE_DEVICEID"] = device_id
+    found["IOTEDGE_DEVICEID"] = facts.hub_device or device_id
     found["IOTEDGE_MODULEID"] = spec.name
     if facts.hub_host:
         found["IOTEDGE_IOTHUBHOSTNAME"] = facts.hub_host

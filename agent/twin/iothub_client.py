@@ -31,6 +31,10 @@ _SHUTDOWN_TRIES = 3
 _RENEWAL_MARGIN = 120.0
 
 
+def ignore(login: Login) -> None:
+    """In place of somebody who wants to know of logins."""
+
+
 @dataclass(frozen=True, slots=True)
 class IotHubSettings:
     """How to reach the hub. Times in seconds.
@@ -39,7 +43,7 @@ class IotHubSettings:
     replaces the system's trusted certificates; `proxy` is "host:port" of an HTTP CONNECT proxy.
     Renewing a token costs a new connection, so tokens last a day (`token_lifetime`, renewed 120 s
     before their end). The files of an identity are looked at every `watch_interval`; `state_dir`
-    keeps what a provisioning service answered.
+    keeps what a provisioning service answered. `logged_in` is told what the hub took.
     """
 
     source: IdentitySource | str = field(repr=False)
@@ -56,6 +60,7 @@ class IotHubSettings:
     resync_interval: float = 900.0
     stable_after: float = 30.0
     watch_interval: float = 5.0
+    logged_in: Callable[[Login], None] = field(default=ignore, repr=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError, without the key in its text."""
@@ -145,6 +150,7 @@ class HubConnection:
             self._resolver.unreachable()
             raise
         self._resolver.connected()
+        settings.logged_in(login)
         await self._set("on_twin_desired_properties_patch_received", self._patch_handler())
         await self._set("on_method_request_received", self._method_handler())
 

@@ -114,7 +114,11 @@ async def test_edge_agent_of_a_provisioned_device(fleet: Fleet) -> None:
 
 async def test_moved_to_another_hub(fleet: Fleet) -> None:
     fleet.dps.enroll("d1", {**BY_KEY, "iotHubs": [HOST]})
-    transport = await fleet.bench.connected(SOURCE)
+    hosts: list[str] = []
+    transport = await fleet.bench.connected(
+        SOURCE, logged_in=lambda login: hosts.append(f"{login.device} at {login.host}")
+    )
+    assert hosts == [f"d1 at {HOST}"]
     fleet.dps.enroll("d1", {**BY_KEY, "iotHubs": [OTHER]})
     fleet.bench.hub.core.delete_identity(D1)
     await fleet.bench.until(lambda: fleet.other.core.connected(D1))
@@ -122,6 +126,7 @@ async def test_moved_to_another_hub(fleet: Fleet) -> None:
     await transport.report({"a": 1})
     assert fleet.other.core.twin(D1).reported.value == {"a": 1}
     assert fleet.remembered["hub"] == OTHER
+    assert hosts[-1] == f"d1 at {OTHER}"
 
 
 async def test_hub_that_is_gone_for_good(fleet: Fleet) -> None:

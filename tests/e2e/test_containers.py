@@ -15,10 +15,11 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+from gatelet.agent.identity.sources import parse_connection_string
 from gatelet.agent.main import main
 from gatelet.agent.scoring.client import ScoringClient
 from gatelet.protos.services import ScoringStub
-from running_device import RunningDevice
+from running_device import DEVICE, RunningDevice
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site
@@ -161,7 +162,16 @@ async def test_a_container_is_deployed_updated_and_removed(host: ContainerDevice
     assert json.loads(entry["settings"]["createOptions"]) == PLAIN
     assert entry["restartCount"] == 0
     assert entry["lastStartTimeUtc"] > "2020"
-    assert host.inspect("web")["State"]["Running"]
+    web = host.inspect("web")
+    assert web["State"]["Running"]
+    environment = dict(entry.split("=", 1) for entry in web["Config"]["Env"])
+    told = {name[8:]: value for name, value in environment.items() if name.startswith("IOTEDGE_")}
+    identity = parse_connection_string(host.site.hub.connection_string(DEVICE))
+    assert told == {
+        "IOTHUBHOSTNAME": identity.host,
+        "DEVICEID": identity.device,
+        "MODULEID": "web",
+    }
     side = host.inspect("side")
     reported = await host.until_good(host.desire(content(web=second.name, side=first.name)))
     assert reported["modules"]["web"]["settings"]["imageHash"] == second.digest
