@@ -19,7 +19,6 @@ Whoever may write {p}/desired may deploy: protect it with the broker's access li
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Mapping
 from random import Random
@@ -30,7 +29,7 @@ from ..clock import Clock, SystemClock
 from .backoff import full_jitter
 from .merge_patch import apply_patch
 from .mqtt_login import V5, V311, ConnectFailed, Login, Message
-from .mqtt_payloads import read_status, status_document, to_json, version_of
+from .mqtt_payloads import read_json, read_object, read_status, status_document, to_json, version_of
 from .mqtt_settings import MqttSettings
 from .mqtt_tls import TlsWatch
 from .paho_connection import PahoConnection
@@ -42,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 _NAME: Final = "mqtt"
 _METHODS_AT_ONCE: Final = 16
+_ANSWERS_AT_ONCE: Final = 64
 _FAREWELL_SECONDS: Final = 2.0
 
 
@@ -268,11 +268,7 @@ class _Link:
             return None
         # Our own reports need not come back.
         connection.unsubscribe(f"{self._topics}/reported")
-        try:
-            document = json.loads(self._retained_report or b"{}")
-        except ValueError:
-            return {}
-        return document if isinstance(document, dict) else {}
+        return read_object(self._retained_report or b"")
 
     async def _publish_status(self, status: str, timeout: float, reason: str = "") -> None:
         await self._connection.publish(
@@ -323,6 +319,8 @@ class _Link:
             self._start(self._publish_status("online", self._transport._answer_timeout))
 
     def _on_command(self, message: Message) -> None:
+        if len(self._tasks) >= _ANSWERS_AT_ONCE:
+            return  # whoever calls so often cannot be told even that
         if len(self._tasks) >= _METHODS_AT_ONCE:
             busy = {"error": f"{_METHODS_AT_ONCE} calls are running; try again later"}
             self._start(self._answer(message, MethodResult(429, busy)))
@@ -347,7 +345,7 @@ class _Link:
     async def _call(self, message: Message) -> None:
         name = message.topic[len(self._topics) :].split("/")[2]
         try:
-            payload = json.loads(message.payload) if message.payload else None
+            payload = read_json(message.payload) if message.payload else None
         except ValueError as error:
             result = MethodResult(400, {"error": f"the payload is not JSON: {error}"})
         else:
@@ -361,6 +359,10 @@ class _Link:
             topic = message.response_topic
             if not topic or set(topic) & set("+#"):
                 return  # only a broken broker lets this pass
+            if topic.startswith(f"{self._topics}/") and not topic.startswith(
+                f"{self._topics}/resp/"
+            ):
+                return  # what may call methods may not write our desired or reported document
             properties["status"] = str(result.status)
         elif len(levels) == 4:
             topic = f"{self._topics}/resp/{levels[3]}/{result.status}"

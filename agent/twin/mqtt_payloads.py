@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..document import ManifestError, decoded, parse_json
+
 
 def to_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
@@ -17,14 +19,26 @@ def status_document(status: str, session: int, reason: str = "") -> bytes:
     return to_json(document)
 
 
+def read_json(payload: bytes) -> Any:
+    """What others wrote, within bounds of size and depth. Raises ValueError."""
+    try:
+        return parse_json(decoded(payload), "")
+    except ManifestError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_object(payload: bytes) -> dict[str, Any]:
+    """Empty for what is no JSON object."""
+    try:
+        document = read_json(payload)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def read_status(payload: bytes) -> tuple[str, int]:
     """("", 0) for what we did not write."""
-    try:
-        document = json.loads(payload)
-    except ValueError:
-        return "", 0
-    if not isinstance(document, dict):
-        return "", 0
+    document = read_object(payload)
     status, session = document.get("status"), document.get("session")
     if not isinstance(status, str) or not isinstance(session, int) or not 0 < session < 2**53:
         return "", 0

@@ -254,7 +254,13 @@ class PahoConnection:
             self.drop(f"the broker sent what paho cannot read: {error!r}")
 
     def _writable(self) -> None:
-        self._client.loop_write()
+        try:
+            self._client.loop_write()
+        except OSError as error:
+            # paho 1.6.1 knows of connections reset, not of hosts and networks that went away; the
+            # packet is lost, so nothing else would end this.
+            self.drop(f"cannot send: {error}")
+            return
         if self._attached is not None and not self._client.want_write():
             self._loop.remove_writer(self._attached.fileno())
 

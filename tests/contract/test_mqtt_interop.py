@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import dataclasses
 import datetime
 import gc
@@ -381,6 +382,64 @@ async def test_methods_with_request_ids_in_topics(broker: int, version: int) -> 
         }
 
 
+async def test_bottomless_documents_of_others_end_nothing() -> None:
+    deep = b"[" * 100_000
+    nested = b'{"a":' * 900 + b"1" + b"}" * 900
+    async with ours() as broker, paho(broker.port, "cloud") as cloud:
+        await cloud.subscribe(f"{P}/resp/#", 1)
+        for report in (deep, nested):
+            await cloud.publish(f"{P}/reported", report, 1, True)
+            await cloud.publish(f"{P}/status", report, 1, True)
+            async with agent(broker.port) as (transport, sink):
+                await connected(sink)
+                assert sink.links == [("up", {})]
+                await transport.report({"a": {"b": 1}})
+                await cloud.publish(f"{P}/cmd/ping/r1", report, 1)
+                assert (await cloud.message()).topic == f"{P}/resp/r1/400"
+                await cloud.publish(f"{P}/status", report, 1)
+                await cloud.publish(f"{P}/cmd/ping/r2", b"", 1)
+                assert (await cloud.message()).topic == f"{P}/resp/r2/200"
+                assert len(sink.links) == 1
+
+
+async def test_calls_without_end_are_not_kept_without_end() -> None:
+    class Deaf(Broker):
+        answers = 0
+
+        async def on_publish(self, connection: Any, publish: Any) -> int | None:
+            if "/resp/" in publish.topic:
+                Deaf.answers += 1
+                return None  # never acknowledged
+            return await super().on_publish(connection, publish)
+
+    broker = Deaf(limits=Limits(receive_maximum=1000))
+    await broker.start()
+    async with paho(broker.port, "cloud") as cloud, agent(broker.port) as (_, sink):
+        await connected(sink)
+        before = len(asyncio.all_tasks())
+        for number in range(300):
+            await cloud.publish(f"{P}/cmd/ping/p{number}", b"", 1)
+        await cloud.publish(f"{P}/desired", b"{}", 1)
+        await sink.next()  # so all calls before it have arrived
+        assert 16 <= len(asyncio.all_tasks()) - before < 100
+        assert len(sink.links) == 1
+    await broker.stop()
+
+
+async def test_an_answer_cannot_become_a_document_of_the_device() -> None:
+    async with ours() as broker, paho(broker.port, "cloud") as cloud:
+        await cloud.subscribe(f"{P}/resp/#", 1)
+        async with agent(broker.port) as (_, sink):
+            await connected(sink)
+            for topic in (f"{P}/desired", f"{P}/resp/mine"):
+                properties = Properties(PacketTypes.PUBLISH)
+                properties.ResponseTopic = topic
+                await cloud.publish(f"{P}/cmd/ping", b"1", 1, properties=properties)
+            assert (await cloud.message()).topic == f"{P}/resp/mine"
+            await cloud.publish(f"{P}/desired", b"{}", 1)
+            assert (await sink.next()).body == b"{}"
+
+
 async def test_a_retained_method_call_is_not_executed(broker: int) -> None:
     async with paho(broker, "cloud") as cloud:
         await cloud.subscribe(f"{P}/resp/#", 1)
@@ -564,6 +623,20 @@ async def test_a_missing_acknowledgement_ends_the_connection() -> None:
         await connected(sink, 2)
         await transport.send(b"x", {})
     await broker.stop()
+
+
+async def test_a_network_that_goes_away_while_something_is_sent_ends_the_connection() -> None:
+    def gone(data: bytes) -> int:
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    async with ours() as broker, agent(broker.port) as (transport, sink):
+        await connected(sink)
+        assert transport._ready is not None
+        transport._ready._client._sock_send = gone
+        with pytest.raises(TransportUnavailable, match="No route to host"):
+            await transport.send(b"x", {})
+        await connected(sink, 2)
+        await transport.send(b"x", {})
 
 
 async def test_a_broker_that_talks_nonsense_is_survived() -> None:
