@@ -374,6 +374,7 @@ class Reconciler:
         wanted = self._wanted(goal.wanted)
         self._note_unready(wanted, current)
         self._forget(current)
+        self._forget_removed(goal, current, observed)
         self._start(goal.wanted, current)
         now = self._clock.monotonic()
         if self._canaries.note(wanted, observed.routes, scoring, now):
@@ -546,6 +547,16 @@ class Reconciler:
         for step, task in list(self._tasks.values()):
             if isinstance(step, Pull) and step not in planned:
                 task.cancel()
+
+    def _forget_removed(self, goal: Goal, current: Plan, observed: Observed) -> None:
+        """Restarts are remembered by the names of modules, which would pile up over the years."""
+        if not current.settled:
+            return
+        kept = {view.module for view in observed.containers.values()}
+        for deployment in (goal.wanted, goal.fallback):
+            if deployment is not None:
+                kept |= {spec.name for spec in self._manifest(deployment).modules}
+        self._restarts.forget(self._restarts.states().keys() - kept)
 
     def _start(self, deployment: Deployment, current: Plan) -> None:
         manifest = self._manifest(deployment)

@@ -543,6 +543,25 @@ def test_rollback_on_request_brings_the_very_images_back() -> None:
     play(scenario)
 
 
+def test_restarts_of_a_removed_module_are_forgotten_when_nothing_returns_to_it() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1, bb=V1))
+        device.engine.signal("aa", "SIGKILL")
+        await device.until(lambda: status(device, "aa")[0] == "backoff")
+        await device.until(lambda: status(device, "aa")[0] == "running")
+        device.reconciler.submit("local", 0, manifest(bb=V1))
+        await device.until(lambda: device.phase() == "probation")
+        assert device.containers() == {"bb": f"{V1} running"}
+        assert device.store.restarts()["aa"].count == 1
+        await device.until(lambda: device.phase() == "good")
+        await device.until(lambda: set(device.store.restarts()) == {"bb"})
+        await device.good(manifest(aa=V1, bb=V1))
+        assert device.store.restarts()["aa"].count == 0
+
+    play(scenario)
+
+
 def test_a_restart_on_request_restarts_once_whatever_the_policy() -> None:
     async def scenario(device: Device) -> None:
         publish(device, V1)
