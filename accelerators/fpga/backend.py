@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,11 @@ from ..errors import (
 )
 from ..tensors import NUMPY_DTYPES, Array, TensorSpec, shape_matches
 from .board import same_part
-from .client import FabricClient, FabricGone
-from .codec import decode, encode
+from .client import FabricClient, FabricGone, Form, Prepared, prepare
+from .codec import decode, encode, is_plain
 from .keeper import Keeper
-from .package import KINDS, Package, Signature
+from .package import KINDS, Package, Port, Signature
 from .packages import probe
-from .packing import Bytes
 from .preflight import preflight
 from .protocol import PAYLOAD_LIMIT, FabricSick, UnknownHandle, signature_header
 from .watch import FabricWatch
@@ -46,6 +46,8 @@ DEADLINE_MARGIN_SECONDS = 0.005
 """How much earlier the fabric gives up, so that its answer still arrives in time."""
 TOLERATED_TIMEOUTS = 3
 """Missed deadlines in a row after which a session is probed before it is used again."""
+KEPT_BATCHES = 64
+"""Sizes of batches whose requests are kept prepared."""
 
 
 class FpgaBackend:
@@ -130,6 +132,35 @@ class FpgaBackend:
         self._client.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """A tensor and how it lies in shared memory: as it is where it is `plain`, else encoded."""
+
+    name: str
+    spec: TensorSpec
+    port: Port
+    plain: bool
+    form: Form
+
+    @classmethod
+    def of(cls, port: Port) -> _Lane:
+        spec, plain = port.spec, is_plain(port)
+        form = (
+            Form(NUMPY_DTYPES[spec.datatype], spec.shape[1:])
+            if plain
+            else Form(np.dtype(np.uint8), (port.wire.item_bytes,))
+        )
+        return cls(spec.name, spec, port, plain, form)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A handle in the fabric process, and requests prepared with it, by number of items."""
+
+    handle: str
+    requests: dict[int, Prepared] = field(default_factory=dict)
+
+
 class FpgaSession:
     """One overlay package in the fabric process. Thread-safe."""
 
@@ -140,7 +171,8 @@ class FpgaSession:
         # Not per request: a small one takes no longer than all that Python does around it.
         self._inputs = tuple(port.spec for port in package.inputs)
         self._outputs = tuple(port.spec for port in package.outputs)
-        self._result_bytes = tuple(port.wire.item_bytes for port in package.outputs)
+        self._takes = tuple(_Lane.of(port) for port in package.inputs)
+        self._gives = tuple(_Lane.of(port) for port in package.outputs)
         item_bytes = (
             sum(p.wire.item_bytes for p in side) for side in (package.inputs, package.outputs)
         )
@@ -148,7 +180,7 @@ class FpgaSession:
         self._signature = signature
         self._client = client
         self._keeper = keeper
-        self._handle: str | None = None
+        self._loaded: _Loaded | None = None
         self._why: str | None = "not loaded into the fabric yet"
         self._timeouts = 0
         self._closed = False
@@ -182,28 +214,24 @@ class FpgaSession:
         deadline: float | None = None,
     ) -> dict[str, Array]:
         """See `Session.run`. Returns at the deadline at the latest, whatever the fabric does."""
-        why, handle = self._why, self._handle
-        if why is not None or handle is None:
+        why, loaded = self._why, self._loaded
+        if why is not None or loaded is None:
             raise BackendUnavailable(f"{self._package.name}: {why}")
-        package = self._package
-        self._check_names(inputs, outputs)
-        tensors = {
-            port.spec.name: _checked(inputs[port.spec.name], port.spec) for port in package.inputs
-        }
-        counts = {len(tensor) for tensor in tensors.values()}
-        if len(counts) != 1:
-            raise InvalidTensor(f"{package.name}: the inputs have unequal batches")
-        (count,) = counts
-        largest = self._largest
-        if count > largest:
-            raise InvalidTensor(
-                f"{package.name}: a batch of {count} is too large, send {largest} items at most"
-            )
-        items = {p.spec.name: encode(tensors[p.spec.name], p) for p in package.inputs}
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineExceeded(f"{self._package.name}: the deadline had passed on arrival")
+        tensors = self._checked(inputs, outputs)
+        count = len(tensors[0])
+        items = [
+            tensor if lane.plain else encode(tensor, lane.port)
+            for lane, tensor in zip(self._takes, tensors, strict=True)
+        ]
+        margin = 0.0
+        if deadline is not None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise DeadlineExceeded(f"{self._package.name}: the deadline had passed on arrival")
+            margin = min(DEADLINE_MARGIN_SECONDS, remaining / 10)
+        request = loaded.requests.get(count) or self._prepared(loaded, count)
         try:
-            results = self._infer(handle, items, deadline)
+            results = self._client.infer(request, items, deadline, margin=margin)
         except DeadlineExceeded as error:
             self._timeouts += 1
             if self._timeouts >= TOLERATED_TIMEOUTS:
@@ -211,14 +239,14 @@ class FpgaSession:
             raise
         except (FabricGone, FabricSick, UnknownHandle) as error:
             # Another thread may have seen the failure first, and the session may be back already.
-            if self._handle == handle:
+            if self._loaded is loaded:
                 self.fail(str(error))
             raise
         self._timeouts = 0
         return {
-            port.spec.name: decode(results[port.spec.name], port)
-            for port in package.outputs
-            if outputs is None or port.spec.name in outputs
+            lane.name: result if lane.plain else decode(result.view(np.uint8), lane.port)
+            for lane, result in zip(self._gives, results, strict=True)
+            if outputs is None or lane.name in outputs
         }
 
     def close(self) -> None:
@@ -226,8 +254,8 @@ class FpgaSession:
             if self._closed:
                 return
             self._closed, self._why = True, "closed"
-            handle, self._handle = self._handle, None
-        self._unload(handle)
+            loaded, self._loaded = self._loaded, None
+        self._unload(loaded)
         self._keeper.remove(self)
 
     def fail(self, why: str) -> None:
@@ -254,48 +282,71 @@ class FpgaSession:
             },
             deadline=time.monotonic() + LOAD_SECONDS,
         )
-        handle = str(answer.get("handle"))
+        loaded = _Loaded(str(answer.get("handle")))
         try:
-            zeros = {
-                port.spec.name: np.zeros((1, port.wire.item_bytes), np.uint8)
-                for port in self._package.inputs
-            }
-            self._infer(handle, zeros, time.monotonic() + PROBE_SECONDS)
+            self._client.infer(
+                self._prepared(loaded, 1),
+                [np.zeros((1, *lane.form.shape), lane.form.dtype) for lane in self._takes],
+                time.monotonic() + PROBE_SECONDS,
+                margin=DEADLINE_MARGIN_SECONDS,
+            )
         except BackendError:
-            self._unload(handle)
+            self._unload(loaded)
             raise
         with self._guard:
             if self._closed:
-                unused: str | None = handle
+                unused: _Loaded | None = loaded
             else:
-                unused, self._handle = self._handle, handle
+                unused, self._loaded = self._loaded, loaded
                 self._why, self._timeouts = None, 0
         self._unload(unused)
 
-    def _unload(self, handle: str | None) -> None:
-        if handle is not None:
+    def _unload(self, loaded: _Loaded | None) -> None:
+        if loaded is not None:
             # A fabric process that is away has forgotten the handle already.
             with contextlib.suppress(BackendError):
                 self._client.call(
-                    {"op": "unload", "handle": handle}, deadline=time.monotonic() + UNLOAD_SECONDS
+                    {"op": "unload", "handle": loaded.handle},
+                    deadline=time.monotonic() + UNLOAD_SECONDS,
                 )
 
-    def _infer(
-        self, handle: str, items: Mapping[str, Bytes], deadline: float | None
-    ) -> dict[str, Bytes]:
-        margin = 0.0
-        if deadline is not None:
-            remaining = max(0.0, deadline - time.monotonic())
-            margin = min(DEADLINE_MARGIN_SECONDS, remaining / 10)
-        ports = self._package.outputs
-        results = self._client.infer(
-            handle,
-            [items[port.spec.name] for port in self._package.inputs],
-            self._result_bytes,
-            deadline,
-            margin=margin,
+    def _prepared(self, loaded: _Loaded, count: int) -> Prepared:
+        request = prepare(
+            loaded.handle,
+            count,
+            tuple([lane.form for lane in self._takes]),
+            tuple([lane.form for lane in self._gives]),
         )
-        return {port.spec.name: result for port, result in zip(ports, results, strict=True)}
+        if len(loaded.requests) >= KEPT_BATCHES:
+            loaded.requests.clear()
+        loaded.requests[count] = request
+        return request
+
+    def _checked(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        """The tensors in the package's order. Raises InvalidTensor."""
+        if len(inputs) != len(self._takes) or outputs:
+            self._check_names(inputs, outputs)
+        tensors = []
+        for lane in self._takes:
+            tensor = inputs.get(lane.name)
+            if tensor is None:
+                self._check_names(inputs, outputs)
+                raise AssertionError
+            spec = lane.spec
+            if tensor.dtype != NUMPY_DTYPES[spec.datatype] or not shape_matches(
+                spec.shape, tensor.shape
+            ):
+                raise InvalidTensor(f"{spec} expected, got {tensor.dtype} {list(tensor.shape)}")
+            tensors.append(tensor)
+        count = len(tensors[0])
+        if len(tensors) > 1 and any(len(tensor) != count for tensor in tensors):
+            raise InvalidTensor(f"{self._package.name}: the inputs have unequal batches")
+        if count > self._largest:
+            raise InvalidTensor(
+                f"{self._package.name}: a batch of {count} is too large, send {self._largest} "
+                "items at most"
+            )
+        return tensors
 
     def _check_names(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> None:
         wanted = {spec.name for spec in self._inputs}
@@ -307,9 +358,3 @@ class FpgaSession:
         unknown = set(outputs or ()) - {spec.name for spec in self._outputs} if outputs else None
         if unknown:
             raise InvalidTensor(f"{self._package.name} has no output {', '.join(sorted(unknown))}")
-
-
-def _checked(tensor: Array, spec: TensorSpec) -> Array:
-    if tensor.dtype != NUMPY_DTYPES[spec.datatype] or not shape_matches(spec.shape, tensor.shape):
-        raise InvalidTensor(f"{spec} expected, got {tensor.dtype} {list(tensor.shape)}")
-    return tensor

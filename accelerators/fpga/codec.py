@@ -6,9 +6,23 @@ import numpy as np
 
 from ..tensors import NUMPY_DTYPES, Array
 from .elements import to_codes, to_values
-from .package import Port, WireFormat
+from .package import PackedWire, Port, WireFormat
 from .packing import Bytes, pack, unpack
 from .wire import dequantise, quantise
+
+
+def is_plain(port: Port) -> bool:
+    """Whether a tensor of the port's spec has the very bytes that travel."""
+    wire, dtype = port.wire, NUMPY_DTYPES[port.spec.datatype]
+    if not isinstance(wire, PackedWire) or wire.padding or min(port.spec.shape[1:], default=0) < 0:
+        return False
+    element = wire.element
+    return (
+        element.kind in ("float", "integer")
+        and not element.fraction
+        and element.container == dtype
+        and element.bits == 8 * dtype.itemsize
+    )
 
 
 def encode(tensor: Array, port: Port) -> Bytes:

@@ -473,7 +473,7 @@ def is_ended(connection: socket.socket) -> bool:
 def test_hostile_bytes_end_only_their_own_connection(running: Site) -> None:
     session = running.load(1)
     for junk in (
-        b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"GLI2", b"GLJ2", b"GLJ2[]", bytes(100_000),
+        b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, INFERRED, b"GLJ2", b"GLJ2[]", bytes(100_000),
         Inference(bytes(16), 0.0, 1, 64).encode(),
     ):  # fmt: skip
         with connected(running, junk) as hostile:
@@ -547,12 +547,14 @@ def test_a_client_that_dies_leaves_nothing_mapped(running: Site) -> None:
     code = (
         "import os, sys, time, numpy as np\n"
         "from pathlib import Path\n"
-        "from gatelet.accelerators.fpga.client import FabricClient\n"
+        "from gatelet.accelerators.fpga.client import FabricClient, Form, prepare\n"
         "client = FabricClient(Path(sys.argv[1]))\n"
         "load = {'op': 'load', 'directory': sys.argv[2], 'kind': 'stream'}\n"
         "handle = client.call(load)['handle']\n"
-        "print(len(client.infer(handle, [np.zeros((5, 16), np.uint8)], [6])[0]), flush=True)\n"
-        "while True: client.infer(handle, [np.zeros((5, 16), np.uint8)], [6])"
+        "x, y = (Form(np.dtype(np.uint8), (size,)) for size in (16, 6))\n"
+        "request = prepare(handle, 5, (x,), (y,))\n"
+        "print(len(client.infer(request, [np.zeros((5, 16), np.uint8)])[0]), flush=True)\n"
+        "while True: client.infer(request, [np.zeros((5, 16), np.uint8)])"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(running.socket), str(running.root / "p2")],

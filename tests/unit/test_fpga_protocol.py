@@ -21,6 +21,7 @@ from gatelet.accelerators.errors import (
 )
 from gatelet.accelerators.fpga import protocol
 from gatelet.accelerators.fpga.protocol import (
+    INFERRED,
     FabricSick,
     Inference,
     ProtocolError,
@@ -70,7 +71,7 @@ def test_inferences_round_trip(request: Inference) -> None:
 @given(
     st.binary(max_size=200)
     | st.binary(max_size=200).map(lambda b: b"GLJ2" + b)
-    | st.binary(min_size=36, max_size=36).map(lambda b: b"GLI2" + b)
+    | st.binary(min_size=36, max_size=36).map(lambda b: INFERRED + b)
 )
 def test_arbitrary_bytes_are_a_protocol_error_or_a_message(packet: bytes) -> None:
     try:
