@@ -144,13 +144,15 @@ class ScoringTokensConfig(_Section, frozen=True):
 class ScoringConfig(_Section, frozen=True):
     """Addresses are host:port (port 0: any free one) or unix:/path; "" turns one off.
 
-    `memory_budget_mb`: MiB that models may take before the one longest unused leaves memory until
-    it is asked again; 0 for no limit. Other addresses than loopback and Unix sockets need `tls`,
-    unless `allow_insecure`. `rate_per_second`: of one client's requests, 0 for no limit.
-    `access_log_sample` and `trace_sample` are parts of 1; `otlp_url` takes OTLP over HTTP.
+    `grpc_transport`: what speaks gRPC. `memory_budget_mb`: MiB that models may take before the one
+    longest unused leaves memory until it is asked again; 0 for no limit. Other addresses than
+    loopback and Unix sockets need `tls`, unless `allow_insecure`. `rate_per_second`: of one
+    client's requests, 0 for no limit. `access_log_sample` and `trace_sample` are parts of 1;
+    `otlp_url` takes OTLP over HTTP.
     """
 
     grpc_address: str = "127.0.0.1:8001"
+    grpc_transport: Literal["http2", "grpcio"] = "grpcio"
     http_address: str = "127.0.0.1:8000"
     metrics_address: str = "127.0.0.1:8002"
     memory_budget_mb: Annotated[int, msgspec.Meta(ge=0)] = 0

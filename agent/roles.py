@@ -76,6 +76,7 @@ def run_scoring_role(config: AgentConfig) -> int:
     return run_scoring(
         ScoringSettings(
             grpc_address=config.scoring.grpc_address,
+            grpc_transport=config.scoring.grpc_transport,
             http_address=config.scoring.http_address,
             metrics_address=config.scoring.metrics_address,
             memory_budget_mb=config.scoring.memory_budget_mb,

@@ -11,6 +11,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 FIRST_PRIORITY = 1
 DEFAULT_PRIORITY = 5
 LAST_PRIORITY = 10
@@ -41,8 +43,7 @@ class BatchConfig:
     priority: int = DEFAULT_PRIORITY
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True, gc=False):
     """A request in the queue.
 
     `number`: its arrival, counted up. `items`: its size along the batch axis. `alike`: only
@@ -63,8 +64,7 @@ class Waiting:
         return self.priority, self.number
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """`expired`: answer DEADLINE_EXCEEDED without running. `batch`: run now, together and in this
     order. With neither, look again at `again_at`, or when a request arrives (None)."""
 
@@ -73,8 +73,7 @@ class Decision:
     again_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True):
     """Whether the newcomer may wait, and who makes room for it."""
 
     admitted: bool

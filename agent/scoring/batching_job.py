@@ -30,9 +30,22 @@ class Execute(Protocol):
 
 
 class Job:
-    """A request under way, until `finish` hands its results or its error to whoever waits."""
+    """A request under way, until `finish` hands its results or its error to whoever waits.
 
-    __slots__ = ("_done", "deadline", "inputs", "items", "outputs", "started", "waiting")
+    `arrived`: of the runner's clock. `counted`: the runner tells the statistics when it succeeds.
+    """
+
+    __slots__ = (
+        "_done",
+        "arrived",
+        "counted",
+        "deadline",
+        "inputs",
+        "items",
+        "outputs",
+        "started",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -40,12 +53,17 @@ class Job:
         outputs: Sequence[str] | None,
         deadline: float | None,
         items: int,
+        arrived: float,
         done: Done,
+        *,
+        counted: bool = False,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.deadline = deadline
         self.items = items
+        self.arrived = arrived
+        self.counted = counted
         self.started = 0.0
         self.waiting: Waiting | None = None
         self._done: Done | None = done

@@ -9,20 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import insort
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from ...accelerators.tensors import Array
-from .batching import (
-    BatchConfig,
-    Waiting,
-    admit,
-    decide,
-    normalised_priority,
-)
+from .batching import BatchConfig, decide
 from .batching_job import Answer, Done, Execute, Job, Results, too_late
 from .batching_pace import Pace
+from .batching_queue import Queue, QueueFull
 from .batching_stack import split, stack
 from .errors import DEFECT, Code, ScoringError
 from .statistics import Statistics
@@ -60,9 +54,7 @@ class BatchRunner:
         # Taken directly where nobody waits for a turn: a Condition's own `with` costs more.
         self._lock = threading.Lock()
         self._turn = threading.Condition(self._lock)
-        self._queue: list[Waiting] = []
-        self._jobs: dict[int, Job] = {}
-        self._arrivals = 0
+        self._queue = Queue()
         self._running = 0
         self._runners: set[threading.Thread] = set()
         self._closed = False
@@ -71,7 +63,7 @@ class BatchRunner:
     @property
     def pending(self) -> int:
         """Requests that wait for their turn."""
-        return len(self._queue)
+        return len(self._queue.waiting)
 
     def call(
         self,
@@ -90,8 +82,8 @@ class BatchRunner:
         if self._claim():
             return self._at_once(inputs, outputs, deadline, arrived)
         answer = Answer()
-        job = Job(inputs, outputs, deadline, self._items(inputs), answer.set)
-        self._wait(job, priority, arrived)
+        job = Job(inputs, outputs, deadline, self._items(inputs), arrived, answer.set)
+        self._wait(job, priority)
         wait = _LONGEST_WAIT if deadline is None else max(0.0, deadline - self._now())
         if not answer.lock.acquire(timeout=min(wait, _LONGEST_WAIT)):
             raise too_late(self._name, waited=self._withdraw(job))
@@ -116,16 +108,9 @@ class BatchRunner:
         What was returned may be withdrawn. `wake` False: `serve_here` follows when more has been
         submitted. Raises ScoringError UNAVAILABLE when the queue is full.
         """
-        arrived = self._now()
-
-        def finish(value: Results | ScoringError) -> None:
-            if isinstance(value, dict):
-                took, queued = self._now() - arrived, max(0.0, job.started - arrived)
-                self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), job.items)
-            done(value)
-
-        job = Job(inputs, outputs, deadline, self._items(inputs), finish)
-        self._wait(job, priority, arrived, wake)
+        items, arrived = self._items(inputs), self._now()
+        job = Job(inputs, outputs, deadline, items, arrived, done, counted=True)
+        self._wait(job, priority, wake)
         return job
 
     def withdraw(self, job: Job) -> bool:
@@ -141,9 +126,10 @@ class BatchRunner:
         """
         while True:
             with self._lock:
-                if not self._queue:
+                queue = self._queue
+                if not queue.waiting:
                     return
-                decision = decide(self._queue, self._now(), self.config, self._pace.mean)
+                decision = decide(queue.waiting, self._now(), self.config, self._pace.mean)
                 short = 0.0 < self._pace.fastest <= longest
                 batch = decision.batch if short and self._running < self.config.slots else ()
                 if not batch:
@@ -151,7 +137,7 @@ class BatchRunner:
                         self._turn.notify()
                     return
                 self._running += 1
-                expired, jobs = self._take(decision.expired), self._take(batch)
+                expired, jobs = queue.take(decision.expired), queue.take(batch)
             for job in expired:
                 job.finish(too_late(self._name, waited=True))
             try:
@@ -163,9 +149,7 @@ class BatchRunner:
         """Turn away what waits, and end the threads once they have answered. Idempotent."""
         with self._lock:
             self._closed = True
-            left = [self._jobs[waiting.number] for waiting in self._queue]
-            self._queue.clear()
-            self._jobs.clear()
+            left = self._queue.clear()
             self._turn.notify_all()
             runners = tuple(self._runners)
         for job in left:
@@ -185,7 +169,7 @@ class BatchRunner:
     def _claim(self) -> bool:
         """Whether the caller has a slot, because nobody waits and one is free. `_leave` ends it."""
         with self._lock:
-            if self._running >= self.config.slots or self._queue or self._closed:
+            if self._running >= self.config.slots or self._queue.waiting or self._closed:
                 return False
             self._running += 1
             return True
@@ -208,40 +192,39 @@ class BatchRunner:
         self._statistics.answered_alone(self._items(inputs), took, infer_ns)
         return results
 
-    def _wait(self, job: Job, priority: int, arrived: float, wake: bool = True) -> None:
+    def _wait(self, job: Job, priority: int, wake: bool = True) -> None:
         """Put the job into the queue, if there is room for it."""
-        shed: Job | None = None
         with self._lock:
             if self._closed:
                 raise ScoringError(Code.UNAVAILABLE, f"{self._name} is being unloaded; try again")
-            self._arrivals += 1
-            waiting = Waiting(
-                self._arrivals,
-                job.items,
-                arrived,
-                self._alike(job.inputs),
-                job.deadline,
-                normalised_priority(priority, self.config.priority),
-                urgent=self._running < self.config.slots and not self._queue,
-            )
-            admission = admit(self._queue, waiting, self.config)
-            if not admission.admitted:
-                raise self._full()
-            started = wake and self._start_runner()
-            if admission.shed is not None:
-                self._queue.remove(admission.shed)
-                shed = self._jobs.pop(admission.shed.number)
-            job.waiting = waiting
-            self._jobs[waiting.number] = job
-            insort(self._queue, waiting, key=_order)
-            if wake and not started and self._running < self.config.slots:
-                self._turn.notify()
+            config, queue = self.config, self._queue
+            free = self._running < config.slots
+            try:
+                shed = queue.put(
+                    job,
+                    self._alike(job.inputs) if self._free_sizes else None,
+                    priority,
+                    config,
+                    urgent=free and not queue.waiting,
+                )
+            except QueueFull:
+                raise self._full() from None
+            if wake:
+                try:
+                    started = self._start_runner()
+                except ScoringError:
+                    queue.withdraw(job)
+                    if shed is not None:
+                        shed.finish(self._full())
+                    raise
+                if not started and free:
+                    self._turn.notify()
         if shed is not None:
             shed.finish(self._full())
 
     def _start_runner(self) -> bool:
         """One more thread if there is work for it; whether it was started."""
-        if len(self._runners) >= min(self.config.slots, len(self._queue) + 1):
+        if len(self._runners) >= min(self.config.slots, len(self._queue.waiting)):
             return False
         runner = threading.Thread(target=self._serve, name=f"run-{self._name}"[:15], daemon=True)
         # It looks for work only after the lock is free again.
@@ -257,24 +240,18 @@ class BatchRunner:
         return True
 
     def _alike(self, inputs: Mapping[str, Array]) -> Hashable:
-        if not self._free_sizes:
-            return None
         return tuple((name, inputs[name].shape[1:]) for name in sorted(inputs))
 
     def _leave(self) -> None:
         with self._lock:
             self._running -= 1
-            if self._queue:
+            if self._queue.waiting:
                 self._turn.notify()
 
     def _withdraw(self, job: Job) -> bool:
         """Whether the job was still waiting, and now never runs."""
         with self._lock:
-            waiting = job.waiting
-            if waiting is None or self._jobs.pop(waiting.number, None) is None:
-                return False
-            self._queue.remove(waiting)
-            return True
+            return self._queue.withdraw(job)
 
     def _serve(self) -> None:
         while True:
@@ -294,29 +271,22 @@ class BatchRunner:
     def _next(self) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
         """The next jobs of a runner, who waits for them; none when it is to end."""
         while not self._closed:
-            timeout = _IDLE_SECONDS
-            if self._queue:
+            timeout, queue = _IDLE_SECONDS, self._queue
+            if queue.waiting:
                 now = self._now()
-                decision = decide(self._queue, now, self.config, self._pace.mean)
+                decision = decide(queue.waiting, now, self.config, self._pace.mean)
                 batch = decision.batch if self._running < self.config.slots else ()
                 if batch or decision.expired:
                     self._running += bool(batch)
-                    return self._take(decision.expired), self._take(batch)
-                ends = [w.deadline for w in self._queue if w.deadline is not None]
+                    return queue.take(decision.expired), queue.take(batch)
+                ends = [w.deadline for w in queue.waiting if w.deadline is not None]
                 if decision.again_at is not None:
                     ends.append(decision.again_at)
                 timeout = max(0.0, min(ends) - now) if ends else _LONGEST_WAIT
                 self._turn.wait(min(timeout, _LONGEST_WAIT))
-            elif not self._turn.wait(timeout) and not self._queue:
+            elif not self._turn.wait(timeout) and not queue.waiting:
                 break
         return (), ()
-
-    def _take(self, chosen: Sequence[Waiting]) -> tuple[Job, ...]:
-        if not chosen:
-            return ()
-        numbers = {waiting.number for waiting in chosen}
-        self._queue = [waiting for waiting in self._queue if waiting.number not in numbers]
-        return tuple(self._jobs.pop(waiting.number) for waiting in chosen)
 
     def _execute(self, jobs: tuple[Job, ...]) -> None:
         """Run the jobs together and finish each. Never raises."""
@@ -343,7 +313,22 @@ class BatchRunner:
         before = time.perf_counter_ns()
         results = self._execute_model(job.inputs, job.outputs, job.deadline, 1)
         self._statistics.executed(job.items, 1, 0, time.perf_counter_ns() - before, 0)
+        self._count((job,))
         job.finish(results)
+
+    def _count(self, jobs: Sequence[Job]) -> None:
+        """In the statistics, before anybody has an answer."""
+        now = self._now()
+        number = items = 0
+        took = queued = 0.0
+        for job in jobs:
+            if job.counted:
+                number += 1
+                items += job.items
+                took += now - job.arrived
+                queued += max(0.0, job.started - job.arrived)
+        if number:
+            self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), items, number)
 
     def _together(self, jobs: tuple[Job, ...]) -> None:
         before = time.perf_counter_ns()
@@ -376,6 +361,7 @@ class BatchRunner:
             ran - running,
             time.perf_counter_ns() - ran,
         )
+        self._count(jobs)
         for job, answer in zip(jobs, answers, strict=True):
             job.finish(answer)
 
@@ -391,15 +377,12 @@ class BatchRunner:
 
     def _full(self) -> ScoringError:
         low, high = _RETRY_SECONDS
-        batches = len(self._queue) / max(1, self.config.max_batch * self.config.slots)
+        waiting = len(self._queue.waiting)
+        batches = waiting / max(1, self.config.max_batch * self.config.slots)
         after = min(high, max(low, batches * self._pace.mean))
         return ScoringError(
             Code.UNAVAILABLE,
-            f"{self._name}: {len(self._queue)} requests are waiting already; try again in "
+            f"{self._name}: {waiting} requests are waiting already; try again in "
             f"{after:.2g} s, or send fewer at once",
             after,
         )
-
-
-def _order(waiting: Waiting) -> tuple[int, int]:
-    return waiting.order

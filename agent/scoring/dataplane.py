@@ -256,7 +256,9 @@ class DataPlane:
         name = headers.get(DEPLOYMENT_HEADER, "") if headers else ""
         while True:
             table = self._table
-            route = self._route(request.model)
+            route = None if table is None else table.routes.get(request.model)
+            if route is None:
+                route = self._route(request.model)
             if route.bounds or request.version or name:
                 at = place(route, headers, self._draw)
                 target = self._target(route, request.version, at, name)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..clock import SystemClock
+from ..latencies import Latencies, bucket
 from .errors import Code
 
 # Clients choose the sizes: beyond this many, executions are counted in the totals only.
@@ -68,14 +69,19 @@ class Statistics:
         self._queue_ns = 0
         self._inferences = 0
         self._last: float | None = None
+        # How often answers took how long; kept where versions are compared.
+        self._times: dict[int, int] | None = None
         # items -> executions, their requests, and ns of stacking, running and splitting.
         self._batches: dict[int, list[int]] = {}
 
-    def succeeded(self, ns: int, queue_ns: int, items: int) -> None:
-        """One request was answered after `ns`, of which it waited `queue_ns`."""
+    def succeeded(self, ns: int, queue_ns: int, items: int, requests: int = 1) -> None:
+        """Requests were answered after `ns`, of which they waited `queue_ns`, all together."""
         with self._lock:
-            self._success += 1
+            self._success += requests
             self._success_ns += ns
+            if self._times is not None:
+                # Those that are answered together took about as long as each other.
+                self._note_times(self._times, ns // requests, requests)
             self._queue_ns += queue_ns
             self._inferences += items
             self._last = self._clock.monotonic()
@@ -97,9 +103,27 @@ class Statistics:
         with self._lock:
             self._success += 1
             self._success_ns += ns
+            if self._times is not None:
+                self._note_times(self._times, ns, 1)
             self._inferences += items
             self._last = self._clock.monotonic()
             self._executed(items, 1, 0, infer_ns, 0)
+
+    def keep_times(self) -> None:
+        """Count from now on how long answers take. Idempotent."""
+        with self._lock:
+            if self._times is None:
+                self._times = {}
+
+    def times(self) -> Latencies:
+        """How long answers took since `keep_times`."""
+        with self._lock:
+            return Latencies(tuple(sorted((self._times or {}).items())))
+
+    @staticmethod
+    def _note_times(times: dict[int, int], ns: int, requests: int) -> None:
+        number = bucket(ns)
+        times[number] = times.get(number, 0) + requests
 
     def _executed(
         self, items: int, requests: int, input_ns: int, infer_ns: int, output_ns: int

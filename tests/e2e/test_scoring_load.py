@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -226,6 +227,8 @@ def test_work_that_is_too_late_is_not_begun(tmp_path: Path, accelerator: Acceler
     folder = onnx_models.scale_folder(tmp_path / "m", 2, more_variants=[OVERLAY])
     with serve(tmp_path / "s", [accelerator], limits=GrpcLimits(threads=1)) as site:
         site.deploy({"e": folder})
+        instance = site.server_instance("e")
+        instance.batching = replace(instance.batching, slots=1)
         while accelerator.waiting.acquire(blocking=False):
             pass
         accelerator.go_on.clear()
@@ -233,7 +236,7 @@ def test_work_that_is_too_late_is_not_begun(tmp_path: Path, accelerator: Acceler
         first.start()
         assert accelerator.waiting.acquire(timeout=20)
         calls = accelerator.calls
-        # The only thread is busy: the second call waits in the queue until it is too late.
+        # The model is busy: the second call waits for it until it is too late.
         with pytest.raises(InferenceServerException) as caught:
             ask(site.address, 0.1)
         assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
