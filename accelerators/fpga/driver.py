@@ -17,11 +17,12 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import BackendUnavailable, DeadlineExceeded, LoadError
-from .handoff import Hardware, read_hardware
-from .machine import cma_bytes, mark_of, state_file, take_lock
+from .configuring import Configurator
+from .handoff import Hardware
+from .machine import cma_bytes, take_lock
 from .package import Package, RtlStream
 from .packing import Bytes
-from .preflight import CLOCK_TOLERANCE, preflight
+from .preflight import preflight
 from .protocol import FabricSick
 from .sensors import Readings, Sensors, pl_clocks, sysfs_of
 from .shelf import Shelf
@@ -52,7 +53,8 @@ class _Active:
 class FabricCounters:
     """Since the fabric was opened. `replaced`: found configured by another process.
 
-    `resets` of cores and DMAs after failures; `configuring` is in seconds.
+    `resets` of cores and DMAs after failures; `configuring` is in seconds; `partial` configurations
+    come on top of the full ones in `reconfigurations`.
     """
 
     reconfigurations: int = 0
@@ -62,6 +64,7 @@ class FabricCounters:
     replaced: int = 0
     resets: int = 0
     configuring: float = 0.0
+    partial: int = 0
 
 
 class FabricDriver:
@@ -85,27 +88,28 @@ class FabricDriver:
         self._monotonic = monotonic
         self._lock: IO[str] | None = None
         self._device: Any = None
-        self._state: Path | None = None
-        self._mark: tuple[int, int] | None = None
-        self._overlays: dict[tuple[object, ...], tuple[Any, Hardware]] = {}
+        self._fabric: Configurator | None = None
         self._limits: dict[tuple[object, ...], int] = {}
-        self._shelf = Shelf(lock.with_name(lock.name + ".bitstreams"))
         self._active: _Active | None = None
         # Buffers that cores may still write to, until the fabric is configured anew.
         self._parked: list[Any] = []
         self._unfinished: float | None = None
         self._broken = False
-        self._reconfigurations = self._transfers = self._dma_errors = self._hangs = 0
-        self._replaced = self._resets = 0
-        self._configuring = 0.0
+        self._transfers = self._dma_errors = self._hangs = self._resets = 0
         self._trouble: str | None = None
         self._sensors: Sensors | None = None
 
     @property
     def counters(self) -> FabricCounters:
+        fabric = self._fabric
+        full, partial, replaced, seconds = (
+            (fabric.full, fabric.partial, fabric.replaced, fabric.seconds)
+            if fabric is not None
+            else (0, 0, 0, 0.0)
+        )
         return FabricCounters(
-            self._reconfigurations, self._transfers, self._dma_errors, self._hangs,
-            self._replaced, self._resets, round(self._configuring, 6),
+            full, self._transfers, self._dma_errors, self._hangs, replaced, self._resets,
+            round(seconds, 6), partial,
         )  # fmt: skip
 
     @property
@@ -134,14 +138,15 @@ class FabricDriver:
         device is missing.
         """
         self._lock = take_lock(self._lock_path)
-        self._shelf.clear()
+        shelf = Shelf(self._lock_path.with_name(self._lock_path.name + ".bitstreams"))
+        shelf.clear()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 from pynq.pl_server.device import Device
 
                 self._device = Device.active_device
-                self._state = state_file(self._device)
+                self._fabric = Configurator(self._device, shelf, self._monotonic)
                 self._sensors = Sensors(sysfs_of(self._device), pl_clocks)
         except ImportError as error:
             self.close()
@@ -160,9 +165,9 @@ class FabricDriver:
         """Free the buffers and let the lock go. Idempotent."""
         self._leave()
         self._free_parked()
-        self._overlays.clear()
-        if self._lock is not None:
-            self._shelf.clear()
+        fabric, self._fabric = self._fabric, None
+        if fabric is not None:
+            fabric.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -176,7 +181,8 @@ class FabricDriver:
 
     def unload(self, package: Package) -> None:
         """Forget what is kept for the package."""
-        self._forget(package)
+        if self._fabric is not None:
+            self._fabric.forget(package)
         self._limits.pop(package.identity, None)
         if self._active and self._active.package.identity == package.identity:
             self._leave()
@@ -289,8 +295,9 @@ class FabricDriver:
         Whatever is used next is downloaded, since a reset of the DMA does not reach the core.
         """
         active, started = self._active, self._unfinished
-        if active is not None and self._foreign():
+        if active is not None and self._fabric is not None and self._fabric.foreign():
             # Not even the reset: there may be nothing at these addresses any more.
+            self._fabric.distrust()
             self._leave()
         elif active is not None and started is not None and not self._broken:
             try:
@@ -301,20 +308,14 @@ class FabricDriver:
         if self._active is not None and broken:
             # A core must not write into buffers that are about to be given back.
             self._resets += 1
+            if self._fabric is not None:
+                self._fabric.distrust()
             try:
                 quiet = self._active.engine.stop()
             except (FabricSick, BackendUnavailable, *_PYNQ_ERRORS) as error:
                 _LOG.warning("%s", error)
                 quiet = False
             self._leave(quiet)
-
-    def _foreign(self) -> bool:
-        """Whether another process has configured the fabric since we did."""
-        if self._state is None or self._mark == mark_of(self._state):
-            return False
-        self._replaced += 1
-        _LOG.warning("another process has configured the fabric; ours is downloaded again")
-        return True
 
     def _leave(self, quiet: bool = True) -> None:
         active, self._active = self._active, None
@@ -343,15 +344,12 @@ class FabricDriver:
         try:
             self._active = self._download(package, limit)
         except _PYNQ_ERRORS as error:
-            self._forget(package)
+            if self._fabric is not None:
+                self._fabric.forget(package)
             raise LoadError(f"{package.bit}: the fabric did not take it ({error})") from error
         if self._active.engine.warm_up:
             self._discard_one(self._active)
         return self._active
-
-    def _forget(self, package: Package) -> None:
-        overlay, _ = self._overlays.pop(package.identity, (None, None))
-        self._shelf.drop(package.identity, getattr(overlay, "firmware_path", ""))
 
     def _discard_one(self, active: _Active) -> None:
         items = [np.zeros((1, slot.item_bytes), np.uint8) for slot in active.sends]
@@ -359,26 +357,10 @@ class FabricDriver:
         self._transfer(active, items, results, None)
 
     def _download(self, package: Package, limit: int) -> _Active:
-        from pynq import Overlay
-
-        known = self._overlays.get(package.identity)
-        if known is None:
-            bit = self._shelf.path(package.identity, package.bit, package.sha256, package.part)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                overlay = Overlay(str(bit), download=False, device=self._device)
-            known = (overlay, read_hardware(package.hwh))
-            self._overlays[package.identity] = known
-        overlay, hardware = known
-        set_frequencies(overlay.clock_dict, package.clock_mhz)
-        started = self._monotonic()
-        overlay.download()
-        self._configuring += self._monotonic() - started
-        self._reconfigurations += 1
-        self._mark = mark_of(self._state)
+        assert self._fabric is not None
+        hardware = self._fabric.configure(package)
         # Whatever ran in the fabric before is gone, and with it who could write there.
         self._free_parked()
-        self._check_clock(package)
         return self._arrange(package, hardware, limit)
 
     def _arrange(self, package: Package, hardware: Hardware, limit: int) -> _Active:
@@ -416,27 +398,3 @@ class FabricDriver:
                 buffer.freebuffer()
             raise
         return _Active(package, engine, chunk, sends, receives, buffers)
-
-    def _check_clock(self, package: Package) -> None:
-        from pynq import Clocks
-
-        if abs(Clocks.fclk0_mhz - package.clock_mhz) > CLOCK_TOLERANCE * package.clock_mhz:
-            Clocks.fclk0_mhz = package.clock_mhz
-        runs = Clocks.fclk0_mhz
-        if runs > (1 + CLOCK_TOLERANCE) * package.clock_mhz:
-            raise ValueError(
-                f"PL clock 0 runs at {runs} MHz, the overlay is for {package.clock_mhz} MHz"
-            )
-
-
-def set_frequencies(clocks: dict[int, dict[str, Any]], clock_mhz: float) -> None:
-    """Fill in what pynq programs PL clocks with; clock 0 drives the network.
-
-    pynqmetadata 0.2.0 leaves "frequency" empty for the Zynq-7000, and pynq 4.0.0 fails on that.
-    """
-    for index, clock in clocks.items():
-        if index == 0:
-            clock["frequency"] = clock_mhz
-        elif clock.get("frequency") is None:
-            # Nothing of a package hangs on the other clocks; pynq's default does.
-            clock["frequency"] = 100.0

@@ -144,6 +144,19 @@ class VartRunner:
     xmodel_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The part of a design that makes this package of it (Dynamic Function eXchange).
+
+    `bit` goes into a region of the package's full bitstream; `sha256` is of it, expanded.
+    `decouplers` names the cores that cut the region off; None: those the handoff shows.
+    """
+
+    bit: Path
+    sha256: str
+    decouplers: tuple[str, ...] | None = None
+
+
 Transport = DmaStream | StartedCores | RtlStream | VartRunner
 
 
@@ -167,6 +180,12 @@ class Package:
     outputs: tuple[Port, ...]
     max_batch: int
     sha256: str
+    partial: Partial | None = None
+
+    @property
+    def static(self) -> tuple[object, ...] | None:
+        """Equal for packages of which one can follow another by its partial bitstream."""
+        return None if self.partial is None else (self.sha256, self.clock_mhz)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -179,8 +198,12 @@ class Package:
             transport = (transport.dma, transport.core, transport.program_sha256)
         elif isinstance(transport, VartRunner):
             transport = transport.xmodel_sha256
+        partial = None
+        if self.partial is not None:
+            partial = (self.partial.sha256, self.partial.decouplers)
         return (
-            self.sha256, transport, self.clock_mhz, self.max_batch, self.inputs, self.outputs
+            self.sha256, partial, transport, self.clock_mhz, self.max_batch, self.inputs,
+            self.outputs,
         )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import LoadError
-from .bitstream_file import scan
+from .bitstream_file import Scanned, scan
 from .board import same_part
+from .decoupling import decouplers
 from .handoff import Hardware, read_hardware
 from .package import DmaStream, Package, RtlStream, StartedCores, VartRunner
 
@@ -40,6 +41,7 @@ class Found:
     part: str
     hardware: Hardware
     size: int = 0
+    partial: Scanned | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def examine(package: Package, found: Found, device: Device) -> tuple[Check, ...]
         _hash(package, found),
         _part(package, found, device),
         _clock(package, found),
+        *_partial(package, found),
         *_cores(package, found),
         _transfer(package, found),
         _memory(package, device),
@@ -70,7 +73,11 @@ def look(package: Package) -> Found:
     hardware = read_hardware(package.hwh)
     found = scan(package.bit, part=hardware.part or package.part)
     part = found.part or hardware.part or package.part
-    return Found(found.sha256, part, hardware, found.size)
+    partial = package.partial
+    return Found(
+        found.sha256, part, hardware, found.size,
+        None if partial is None else scan(partial.bit, part=part),
+    )  # fmt: skip
 
 
 def preflight(package: Package, part: str | None, cma_bytes: int | None = None) -> int:
@@ -125,6 +132,31 @@ def _clock(package: Package, found: Found) -> Check:
             f"{package.name}: overlay.json asks for a clock of {package.clock_mhz} MHz but "
             f"{package.hwh.name} was built for {closed} MHz")  # fmt: skip
     return Check("clock", True, f"{package.clock_mhz:g} MHz, built for {closed:g} MHz")
+
+
+def _partial(package: Package, found: Found) -> list[Check]:
+    partial, scanned = package.partial, found.partial
+    if partial is None or scanned is None:
+        return []
+    if scanned.sha256 != partial.sha256:
+        return [Check("partial bitstream", False,
+            f"{partial.bit}: sha256 is {scanned.sha256} but overlay.json says {partial.sha256}; "
+            "the package is damaged or was changed, build it again")]  # fmt: skip
+    if scanned.part is not None and not same_part(scanned.part, found.part):
+        return [Check("partial bitstream", False,
+            f"{partial.bit}: built for part {scanned.part}, {package.bit.name} for {found.part}; "
+            "build both of one design")]  # fmt: skip
+    try:
+        cells = decouplers(found.hardware, partial.decouplers)
+    except LoadError as error:
+        return [Check("partial bitstream", False, str(error))]
+    names = ", ".join(cell.name for cell in cells)
+    detail = f"{scanned.size} bytes into {package.bit.name}"
+    return [
+        Check("partial bitstream", True, f"{detail}, decoupled by {names}")
+        if cells
+        else Check("partial bitstream", None, f"{detail}; nothing decouples the region meanwhile")
+    ]
 
 
 def _cores(package: Package, found: Found) -> list[Check]:

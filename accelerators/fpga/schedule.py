@@ -17,7 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+_T = TypeVar("_T")
 Overlay = int
 """What stands for an overlay here; packages with the same identity have the same."""
 
@@ -56,6 +58,8 @@ class Fabric:
     """What is loaded since when, when it was last used, and who waits, in order of arrival.
 
     `costs` are seconds that configuring took; `left` says when an overlay was last taken out.
+    Overlays with one of `statics` in common follow each other by partial bitstreams, for
+    `partial_costs`.
     """
 
     loaded: Overlay | None = None
@@ -65,6 +69,8 @@ class Fabric:
     costs: Mapping[Overlay, float] = field(default_factory=dict)
     left: Mapping[Overlay, float] = field(default_factory=dict)
     demands: Mapping[Overlay, Demand] = field(default_factory=dict)
+    statics: Mapping[Overlay, object] = field(default_factory=dict)
+    partial_costs: Mapping[Overlay, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +195,34 @@ def worked(fabric: Fabric, loaded: Overlay | None, now: float) -> Fabric:
     return replace(fabric, loaded=loaded, since=now, used=now, left=left, demands=demands)
 
 
-def configured(fabric: Fabric, overlay: Overlay, seconds: float) -> Fabric:
+def described(fabric: Fabric, overlay: Overlay, static: object) -> Fabric:
+    """The fabric knowing of which design the overlay is a part."""
+    return replace(fabric, statics={**fabric.statics, overlay: static})
+
+
+def configured(
+    fabric: Fabric, overlay: Overlay, seconds: float, *, partial: bool = False
+) -> Fabric:
     """The fabric knowing how long configuring took: half of what was known, half of this."""
-    known = fabric.costs.get(overlay, seconds)
-    return replace(fabric, costs={**fabric.costs, overlay: (known + seconds) / 2})
+    costs = fabric.partial_costs if partial else fabric.costs
+    costs = {**costs, overlay: (costs.get(overlay, seconds) + seconds) / 2}
+    return replace(fabric, partial_costs=costs) if partial else replace(fabric, costs=costs)
 
 
 def forgotten(fabric: Fabric, overlay: Overlay) -> Fabric:
     """The fabric without an overlay that nobody has loaded any more."""
-    costs, left, demands = dict(fabric.costs), dict(fabric.left), dict(fabric.demands)
-    costs.pop(overlay, None)
-    left.pop(overlay, None)
-    demands.pop(overlay, None)
-    return replace(fabric, costs=costs, left=left, demands=demands)
+
+    def others(known: Mapping[Overlay, _T]) -> dict[Overlay, _T]:
+        return {other: value for other, value in known.items() if other != overlay}
+
+    return replace(
+        fabric,
+        costs=others(fabric.costs),
+        left=others(fabric.left),
+        demands=others(fabric.demands),
+        statics=others(fabric.statics),
+        partial_costs=others(fabric.partial_costs),
+    )
 
 
 def _turn_to(overlay: Overlay | None, others: list[Waiting]) -> Decision:
@@ -213,7 +234,12 @@ def _turn_to(overlay: Overlay | None, others: list[Waiting]) -> Decision:
 
 
 def _cost(fabric: Fabric, overlay: Overlay | None) -> float:
-    return 0.0 if overlay is None else fabric.costs.get(overlay, 0.0)
+    if overlay is None:
+        return 0.0
+    loaded = None if fabric.loaded is None else fabric.statics.get(fabric.loaded)
+    if loaded is not None and loaded == fabric.statics.get(overlay):
+        return fabric.partial_costs.get(overlay, 0.0)
+    return fabric.costs.get(overlay, 0.0)
 
 
 def _left(fabric: Fabric, overlay: Overlay | None) -> float:

@@ -174,6 +174,7 @@ class FabricServer:
             "part": self._board.part if self._board else None,
             "loaded": self._driver.loaded,
             "reconfigurations": counters["reconfigurations"],
+            "partialReconfigurations": counters["partial"],
             "transfers": counters["transfers"],
             "dmaErrors": counters["dma_errors"],
             "hangs": counters["hangs"],
@@ -228,9 +229,18 @@ class FabricServer:
         return self._seen[1]
 
     def _configure(self, loaded: _Loaded) -> None:
-        started = self._monotonic()
-        self._driver.configure(loaded.package)
-        self._turns.configured(loaded.overlay, self._monotonic() - started)
+        with self._timing(loaded.overlay):
+            self._driver.configure(loaded.package)
+
+    @contextlib.contextmanager
+    def _timing(self, overlay: Overlay) -> Iterator[None]:
+        """Notes how long configuring took, where that was done."""
+        before, started = self._driver.counters, self._monotonic()
+        yield
+        after, seconds = self._driver.counters, self._monotonic() - started
+        full = after.reconfigurations > before.reconfigurations
+        if full or after.partial > before.partial:
+            self._turns.configured(overlay, seconds, partial=not full)
 
     def _prefetch(self, overlay: Overlay) -> None:
         with self._guard:
@@ -359,11 +369,9 @@ class FabricServer:
             Path(directory), signature_in(message), kind if isinstance(kind, str) else None
         )
         loaded = self._known(package)
-        with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
-            before, started = driver.counters.reconfigurations, self._monotonic()
+        until = self._monotonic() + LOAD_SECONDS
+        with self._fabric(until) as driver, self._timing(loaded.overlay):
             driver.load(package)
-            if driver.counters.reconfigurations > before:
-                self._turns.configured(loaded.overlay, self._monotonic() - started)
         # Unique beyond this process: a client may still unload what it had from the one before.
         handle = uuid.uuid4().hex
         with self._guard:
@@ -383,6 +391,7 @@ class FabricServer:
                     tuple(port.wire.item_bytes for port in package.outputs),
                 )
                 self._overlays[package.identity] = known
+                self._turns.described(known.overlay, package.static)
             return known
 
     def _infer(self, client: _Client, connection: _Connection, request: Inference) -> None:

@@ -155,10 +155,15 @@ class Turns:
             if self._closed:
                 self._bell.notify_all()
 
-    def configured(self, overlay: Overlay, seconds: float) -> None:
+    def described(self, overlay: Overlay, static: object) -> None:
+        """Note of which design the overlay is a part; None: of none."""
+        with self._guard:
+            self._fabric = schedule.described(self._fabric, overlay, static)
+
+    def configured(self, overlay: Overlay, seconds: float, *, partial: bool = False) -> None:
         """Note how long configuring took, by whoever has the fabric."""
         with self._guard:
-            self._fabric = schedule.configured(self._fabric, overlay, seconds)
+            self._fabric = schedule.configured(self._fabric, overlay, seconds, partial=partial)
 
     def forget(self, overlay: Overlay) -> None:
         """Nobody has this overlay loaded any more."""

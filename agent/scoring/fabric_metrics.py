@@ -16,6 +16,8 @@ _COUNTERS = (
     ("requests", "requests_total", "Requests that reached the fabric process"),
     ("transfers", "transfers_total", "Transfers through the fabric"),
     ("reconfigurations", "reconfigurations_total", "Bitstreams that were configured"),
+    ("partialReconfigurations", "partial_reconfigurations_total",
+     "Partial bitstreams that were configured"),
     ("swaps", "swaps_total", "Turns after which another overlay had the fabric"),
     ("swapsAvoided", "swaps_avoided_total", "Turns of the loaded overlay ahead of another's"),
     ("refused", "refused_total", "Requests refused since configuring takes too long for them"),
@@ -25,7 +27,7 @@ _COUNTERS = (
     ("hangs", "hangs_total", "Transfers that did not end"),
     ("resets", "resets_total", "Resets of cores and DMAs after failures"),
     ("replaced", "replaced_total", "Times another process had configured the fabric"),
-)
+)  # fmt: skip
 _GAUGES = (
     ("queued", "queued", "Requests in line for the fabric"),
     ("uptimeSeconds", "uptime_seconds", "Time since the fabric process started"),

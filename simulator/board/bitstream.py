@@ -78,14 +78,15 @@ def write_overlay_package(
         "sha256": hashlib.sha256(content).hexdigest(),
         "dma": design.dma,
         "maxBatch": max_batch,
-        "inputs": [_port(input, first.input_scale, first.input_zero_point)],
-        "outputs": [_port(output, last.output_scale, last.output_zero_point)],
+        "inputs": [stream_port(input, first.input_scale, first.input_zero_point)],
+        "outputs": [stream_port(output, last.output_scale, last.output_zero_point)],
     }
     (directory / OVERLAY_JSON).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     return read_overlay_json(directory)
 
 
-def _port(spec: TensorSpec, scale: float, zero_point: int) -> dict[str, Any]:
+def stream_port(spec: TensorSpec, scale: float, zero_point: int) -> dict[str, Any]:
+    """How overlay.json describes a tensor of int8 items."""
     return {
         "name": spec.name,
         "datatype": spec.datatype,

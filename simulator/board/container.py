@@ -23,12 +23,15 @@ class Container:
     """`engine` says what computes (see `engines.open_engine`), `cores` what starts it.
 
     Each of `cores` is a started core: {"name", "pointers": [[offset, role, index]], "count"}; with
-    "window" it has BNN-PYNQ's window to its memories.
+    "window" it has BNN-PYNQ's window to its memories. `static` names the design that a `partial`
+    configuration goes into, or that a full one is.
     """
 
     engine: Mapping[str, Any]
     cores: tuple[Mapping[str, Any], ...] = ()
     blobs: Mapping[str, bytes] = field(default_factory=dict)
+    static: str = ""
+    partial: bool = False
 
 
 def encode_container(container: Container) -> bytes:
@@ -37,6 +40,7 @@ def encode_container(container: Container) -> bytes:
         "engine": dict(container.engine),
         "cores": [dict(core) for core in container.cores],
         "blobs": [[name, len(blob)] for name, blob in container.blobs.items()],
+        **({"static": container.static, "partial": container.partial} if container.static else {}),
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     body = text + b"".join(container.blobs.values())
@@ -59,6 +63,7 @@ def decode_container(data: bytes) -> Container:
         for name, count in header["blobs"]:
             blobs[str(name)] = body[length : length + count]
             length += count
-        return Container(header["engine"], tuple(header["cores"]), blobs)
+        static, partial = str(header.get("static", "")), bool(header.get("partial"))
+        return Container(header["engine"], tuple(header["cores"]), blobs, static, partial)
     except (struct.error, KeyError, TypeError) as error:
         raise ValueError(f"damaged container: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +62,37 @@ class EngineStream:
         return self._engine.run([stream[:whole]], {})[0] if whole else b""
 
 
+class DecoupledStream:
+    """A core that is cut off while its decoupler says so: what comes meanwhile is lost."""
+
+    def __init__(self, core: StreamCore, decouplers: Sequence[Decoupler]) -> None:
+        self._core = core
+        self._decouplers = decouplers
+
+    def process(self, packet: bytes) -> bytes:
+        cut = any(decoupler.decoupled for decoupler in self._decouplers)
+        return b"" if cut else self._core.process(packet)
+
+
+class Decoupler:
+    """The DFX Decoupler and the DFX AXI Shutdown Manager (PG375, PG376): bit 0 at offset 0.
+
+    The shutdown manager reads as 0xF once nothing is under way, the decoupler as what was written.
+    A `deaf` one does nothing.
+    """
+
+    def __init__(self, shutdown: bool = False) -> None:
+        self._shut = 0xF if shutdown else 1
+        self.decoupled = self.deaf = False
+
+    def read(self, offset: int) -> int:
+        return self._shut if self.decoupled and offset == 0 else 0
+
+    def write(self, offset: int, value: int) -> None:
+        if offset == 0 and not self.deaf:
+            self.decoupled = bool(value & 1)
+
+
 class Configuration:
     """The fabric as configuration data makes it: a stream core, and registers by core name.
 
@@ -72,6 +104,7 @@ class Configuration:
         self._banks: dict[str, RegisterBank] = {}
         self._registers: dict[str, RegisterModel] = {}
         self._stream: StreamCore = LoopbackCore()
+        self.static, self.partial = "", False
         if data.startswith(MAGIC):
             self._stream = NetworkCore(decode_network(data))
         elif data.startswith(CONTAINER_MAGIC):
@@ -86,6 +119,7 @@ class Configuration:
         return self._registers.get(name) or self._banks.setdefault(name, RegisterBank())
 
     def _open(self, container: Container, memory: ContiguousMemory, faults: FaultFile) -> None:
+        self.static, self.partial = container.static, container.partial
         if not container.engine:
             return
         if container.engine.get("kind") == "rtl":

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...accelerators.fpga.decoupling import DECOUPLERS
+from ...accelerators.fpga.handoff import SHUTDOWN_MANAGERS
+
 _DMA_TYPE = "xilinx.com:ip:axi_dma:"
 # Cores that only reshape a stream on its way.
 _PASS_THROUGH = (
@@ -32,16 +35,21 @@ class DmaCell:
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """`dmas`, and name, base and size of every other addressable core."""
+    """`dmas`, and name, base and size of every other addressable core.
+
+    `decouplers` are the names of those that cut a region off, with whether they shut AXI down.
+    """
 
     dmas: tuple[DmaCell, ...]
     others: tuple[tuple[str, int, int], ...]
+    decouplers: tuple[tuple[str, bool], ...] = ()
 
 
 def read_design(parser: Any) -> Design:
     """The design in a pynq RuntimeMetadataParser."""
     dmas = []
     others = []
+    decouplers = []
     for name, entry in sorted(parser.ip_dict.items()):
         base, size = entry.get("phys_addr"), entry.get("addr_range")
         if base is None or size is None:
@@ -52,7 +60,10 @@ def read_design(parser: Any) -> Design:
             dmas.append(DmaCell(name, base, size, width, _fed_core(parser.md, name)))
         else:
             others.append((name, base, size))
-    return Design(tuple(dmas), tuple(others))
+            kind = str(entry["type"]).split(":")[2:3]
+            if kind and kind[0] in (*DECOUPLERS, *SHUTDOWN_MANAGERS):
+                decouplers.append((name, kind[0] in SHUTDOWN_MANAGERS))
+    return Design(tuple(dmas), tuple(others), tuple(decouplers))
 
 
 def _fed_core(metadata: Any, dma: str) -> str | None:

@@ -17,6 +17,7 @@ import pynq.ps
 from pynq.buffer import PynqBuffer
 from pynq.metadata.runtime_metadata_parser import RuntimeMetadataParser
 from pynq.pl_server.device import Device
+from pynq.pl_server.hwh_parser import HWH
 from pynq.ps import Clocks
 from pynqmetadata.frontends import Metadata
 
@@ -24,7 +25,7 @@ from ...accelerators.fpga.bitfile import parse_bitfile
 from ...accelerators.fpga.board import same_part
 from ...accelerators.fpga.handoff import read_hardware
 from .boards import SimulatedBoard
-from .cores import Configuration
+from .cores import Configuration, DecoupledStream, Decoupler
 from .design import Design, read_design
 from .dma import AxiDma
 from .faults import FaultFile
@@ -72,7 +73,10 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self.firmware = firmware
         self._sysfs = sysfs
         self._preload: dict[str, tuple[bytes, str]] = {}
-        self.downloads = 0
+        self.downloads = self.partial_downloads = 0
+        self.static = ""
+        self._dmas: list[AxiDma] = []
+        self._decouplers: dict[str, Decoupler] = {}
         self._clocks = zynq7_clocks() if board.arch == "armv7l" else zynqmp_clocks()
         self._bus = self._empty_bus()
 
@@ -88,11 +92,11 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         self._bus.write(address, bytes(data))
 
     def get_bitfile_metadata(self, bitfile_name: str, partial: bool = False) -> Any:
-        if partial:
-            raise RuntimeError("the simulated fabric has no partial reconfiguration")
         handoff = Path(bitfile_name).with_suffix(".hwh")
         if not handoff.exists():
             raise RuntimeError(f"no {handoff.name} beside {bitfile_name}")
+        if partial:
+            return HWH(hwh_data=handoff.read_text("utf-8"))
         parser = RuntimeMetadataParser(Metadata(input=str(handoff)))
         fill_clock_frequencies(parser)
         parser.refresh_hierarchy_dict()
@@ -111,9 +115,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
             self._sysfs.set_state(state)
 
     def _configure(self, bitstream: Any, parser: Any) -> None:
-        if bitstream.partial:
-            raise RuntimeError("the simulated fabric has no partial reconfiguration")
-        if parser is None:
+        if parser is None and not bitstream.partial:
             parser = self.get_bitfile_metadata(bitstream.bitfile_name)
         data, part = self._preloaded(bitstream)
         if not same_part(part, self.board.part):
@@ -122,25 +124,62 @@ class SimulatedDevice(Device):  # type: ignore[misc]
                 f"configuration failed, INIT_B low: bitstream for {part}, "
                 f"device is {self.board.part}",
             )
-        self._check_clock(parser)
+        if not bitstream.partial:
+            self._check_clock(parser)
         self._sleep(len(data) * _CONFIGURATION_SECONDS_PER_BYTE)
-        design = read_design(parser)
-        bus = self._empty_bus()
         try:
             fabric = Configuration(data, self.memory, self.faults)
         except ValueError as error:
             raise OSError(errno.EIO, f"configuration failed: {error}") from error
-        for cell in design.dmas:
-            dma = AxiDma(self.memory, fabric.stream(), cell.length_width, self.faults)
+        if fabric.partial != bitstream.partial:
+            kinds = ("full", "partial")
+            raise OSError(
+                errno.EIO,
+                f"configuration failed: a {kinds[fabric.partial]} bitstream was given as a "
+                f"{kinds[bitstream.partial]} one",
+            )
+        if bitstream.partial:
+            self._exchange(fabric)
+        else:
+            self._replace(fabric, read_design(parser))
+            self._note(str(bitstream.bitfile_name))
+        self.post_download(bitstream, parser, self.name)
+
+    def _replace(self, fabric: Configuration, design: Design) -> None:
+        self._decouplers = {name: Decoupler(shutdown) for name, shutdown in design.decouplers}
+        stream = DecoupledStream(fabric.stream(), tuple(self._decouplers.values()))
+        self._dmas = [
+            AxiDma(self.memory, stream, cell.length_width, self.faults) for cell in design.dmas
+        ]
+        self.fabric, self.design = fabric, design
+        self.static = fabric.static
+        self._attach(fabric, design)
+        self.downloads += 1
+
+    def _exchange(self, fabric: Configuration) -> None:
+        """What was between the streams goes; on a board, a wrong design may damage the part."""
+        if self.design is None or not self.static or self.static != fabric.static:
+            raise OSError(
+                errno.EIO,
+                f"configuration failed: a part of {fabric.static or 'no design'} into "
+                f"{self.static or 'no design'}",
+            )
+        decouplers = tuple(self._decouplers.values())
+        clean = all(decoupler.decoupled for decoupler in decouplers)
+        for dma in self._dmas:
+            dma.exchange(DecoupledStream(fabric.stream(), decouplers), clean=clean)
+        self.fabric = fabric
+        self._attach(fabric, self.design)
+        self.partial_downloads += 1
+
+    def _attach(self, fabric: Configuration, design: Design) -> None:
+        bus = self._empty_bus()
+        for cell, dma in zip(design.dmas, self._dmas, strict=True):
             bus.attach(cell.base, cell.size, dma)
         for name, base, size in design.others:
-            bus.attach(base, size, fabric.registers(name))
-        self.fabric = fabric
+            model = self._decouplers.get(name)
+            bus.attach(base, size, fabric.registers(name) if model is None else model)
         self._bus = bus
-        self.design = design
-        self.downloads += 1
-        self._note(str(bitstream.bitfile_name))
-        self.post_download(bitstream, parser, self.name)
 
     def _preloaded(self, bitstream: Any) -> tuple[bytes, str]:
         """Configuration data from where pynq has put it, once per overlay, under the file's name.
@@ -169,6 +208,7 @@ class SimulatedDevice(Device):  # type: ignore[misc]
         """What another process does to this one: the fabric holds a design nobody here knows."""
         self._bus = self._empty_bus()
         self.design = self.fabric = None
+        self.static = ""
         self._note("another process")
 
     def _note(self, what: str) -> None:

@@ -78,6 +78,12 @@ class AxiDma:
         self._wedged: str | None = None
         self._delayed: tuple[float, Fault] | None = None
 
+    def exchange(self, core: StreamCore, *, clean: bool) -> None:
+        """Another core between the streams; unless it was cut off (`clean`), they are stuck."""
+        self._core = core
+        if not clean:
+            self._wedged = "stuck"
+
     def read(self, offset: int) -> int:
         self._advance()
         channel, register = self._channel(offset)

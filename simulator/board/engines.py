@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ...accelerators.fpga.elements import Element, finn_element
 from .container import Container
+from .network import decode_network, run_network
 
 LIBRARIES_VARIABLE = "GATELET_SIM_ENGINES"
 
@@ -157,6 +158,21 @@ class GraphEngine:
         return self._evaluators[key]
 
 
+class DenseEngine:
+    """Dense layers with the bits of onnxruntime, one int8 per value."""
+
+    def __init__(self, container: Container) -> None:
+        self._layers = decode_network(container.blobs["network"])
+
+    @property
+    def item_bytes(self) -> tuple[int, ...]:
+        return (self._layers[0].weights.shape[0],)
+
+    def run(self, inputs: Sequence[bytes], parameters: Mapping[str, bytes]) -> list[bytes]:
+        items = np.frombuffer(inputs[0], np.int8).reshape(-1, self.item_bytes[0])
+        return [run_network(self._layers, items).tobytes()]
+
+
 class ReplayEngine:
     """Answers recorded items with what a board gave for them; refuses others."""
 
@@ -214,6 +230,8 @@ def open_engine(container: Container) -> Engine:
     try:
         if kind == "graph":
             return GraphEngine(container)
+        if kind == "dense":
+            return DenseEngine(container)
         if kind == "replay":
             return ReplayEngine(container)
         if kind == "hls4ml":

@@ -176,6 +176,26 @@ def test_what_cannot_be_configured_in_time_is_refused_at_once() -> None:
     assert not hopeless(own, POLICY, 10.0)
 
 
+def test_a_part_of_the_loaded_design_is_charged_what_the_part_takes() -> None:
+    fabric = LOADED
+    for overlay, static in ((1, "shell"), (2, "shell"), (3, "other"), (4, None)):
+        fabric = schedule.described(fabric, overlay, static)
+        fabric = schedule.configured(fabric, overlay, 0.03)
+    fabric = schedule.configured(fabric, 2, 0.004, partial=True)
+    for overlay, late in ((2, False), (3, True), (4, True)):
+        waiting = schedule.arrived(fabric, Waiting(1, overlay, 10.0, deadline=10.01))
+        assert bool(hopeless(waiting, POLICY, 10.0)) is late, overlay
+        assert math.isclose(schedule.next_loss(waiting), 10.01 - (0.03 if late else 0.004))
+    # From another design it is all of it, and packages without parts never share.
+    fabric = schedule.described(schedule.worked(fabric, 4, 10.0), 5, None)
+    fabric = schedule.configured(fabric, 5, 0.03)
+    for overlay in (2, 5):
+        waiting = schedule.arrived(fabric, Waiting(1, overlay, 10.0, deadline=10.01))
+        assert hopeless(waiting, POLICY, 10.0)
+    gone = schedule.forgotten(fabric, 2)
+    assert 2 not in {*gone.statics, *gone.partial_costs, *gone.costs}
+
+
 def test_refusals_bring_the_overlay_in() -> None:
     fabric = LOADED
     for refusal in range(3):

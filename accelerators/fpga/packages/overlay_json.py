@@ -29,7 +29,16 @@ from ...errors import LoadError
 from ...tensors import TensorSpec
 from ..bitstream_file import COMPRESSIONS, FORMATS, stem_of
 from ..elements import finn_element
-from ..package import DmaStream, Package, PackedWire, Port, RtlStream, Transport, WireFormat
+from ..package import (
+    DmaStream,
+    Package,
+    PackedWire,
+    Partial,
+    Port,
+    RtlStream,
+    Transport,
+    WireFormat,
+)
 from .files import read_json
 
 OVERLAY_JSON = "overlay.json"
@@ -75,23 +84,28 @@ class _Reader:
             raise self._wrong(where + key, f"must be a whole number from {low} to {high}")
         return value
 
-    def _file(self, key: str, *suffixes: str) -> Path:
-        name = self._text(self._document, key)
+    def _file(
+        self, key: str, *suffixes: str, source: Mapping[str, Any] | None = None, where: str = ""
+    ) -> Path:
+        name = self._text(self._document if source is None else source, key, where)
         if Path(name).name != name or name.startswith(".") or not name.endswith(suffixes):
-            raise self._wrong(key, f"must be the name of a {suffixes[0]} file in the package")
+            raise self._wrong(
+                where + key, f"must be the name of a {suffixes[0]} file in the package"
+            )
         return self._path.parent / name
 
-    def _bitstream(self) -> Path:
+    def _bitstream(self, source: Mapping[str, Any] | None = None, where: str = "") -> Path:
         """The file named, or where that is missing the compressed one."""
-        named = self._file("bitstream", *FORMATS, *(f + c for f in FORMATS for c in COMPRESSIONS))
+        forms = (*FORMATS, *(form + pack for form in FORMATS for pack in COMPRESSIONS))
+        named = self._file("bitstream", *forms, source=source, where=where)
         compressed = (named.with_name(named.name + c) for c in COMPRESSIONS)
         others = () if named.suffix in COMPRESSIONS or named.exists() else compressed
         return next((path for path in others if path.is_file()), named)
 
-    def _hash(self, key: str) -> str:
-        value = self._text(self._document, key).lower()
+    def _hash(self, key: str, source: Mapping[str, Any] | None = None, where: str = "") -> str:
+        value = self._text(self._document if source is None else source, key, where).lower()
         if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
-            raise self._wrong(key, "must be 64 hexadecimal digits")
+            raise self._wrong(where + key, "must be 64 hexadecimal digits")
         return value
 
     def package(self) -> Package:
@@ -126,6 +140,24 @@ class _Reader:
             outputs=self._ports("outputs", kind),
             max_batch=self._integer(document, "maxBatch", 1, 65536),
             sha256=self._hash("sha256"),
+            partial=self._partial(),
+        )
+
+    def _partial(self) -> Partial | None:
+        described = self._document.get("partial")
+        if described is None:
+            return None
+        if not isinstance(described, dict):
+            raise self._wrong("partial", "must be an object")
+        decouplers = described.get("decouplers")
+        if decouplers is not None and not (
+            isinstance(decouplers, list) and all(isinstance(name, str) for name in decouplers)
+        ):
+            raise self._wrong("partial.decouplers", "must list names of cores")
+        return Partial(
+            self._bitstream(described, "partial."),
+            self._hash("sha256", described, "partial."),
+            None if decouplers is None else tuple(decouplers),
         )
 
     def _ports(self, key: str, kind: str) -> tuple[Port, ...]:
