@@ -21,11 +21,11 @@ from .plan import (
     module_of,
 )
 from .plan_containers import RUNNING_STATES
-from .reconcile import Snapshot
 from .reported import RuntimeStatus
 from .restarts import NEW, RestartRules, RestartState, decide
 from .runtime.container import ContainerView
 from .seams import LoadedModel, Progress
+from .snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import msgspec
 from ..protos import control_pb2 as pb
 from ..protos.services import AGENT, handlers
 from .methods.commands import CommandRefused, Commands
-from .reconcile import Verdict
+from .submissions import Verdict
 from .twin.transport import MethodResult
 
 MANIFEST_LIMIT = 4 * 1024 * 1024

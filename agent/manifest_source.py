@@ -28,8 +28,9 @@ from .manifest_reference import (
     signed_generation,
 )
 from .preview import Preview
-from .reconcile import Reconciler, Verdict
+from .reconcile import Reconciler
 from .store import Pending, Proof, StateStore, StoreError, document_hash
+from .submissions import Verdict
 from .trust import Trust, older_than_accepted
 from .twin.backoff import full_jitter
 

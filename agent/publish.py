@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .reconcile import Verdict
+from .submissions import Verdict
 from .twin.backoff import full_jitter
 from .twin.merge_patch import make_patch
 from .twin.transport import (

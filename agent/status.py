@@ -10,7 +10,7 @@ from .conditions import Condition
 from .outbox import Limits, OutboxStatus
 from .plan import Failure, describe
 from .publish import LinkState
-from .reconcile import Snapshot
+from .snapshot import Snapshot
 from .store import Deployment, Seen
 
 OK, FAILED = 200, 500

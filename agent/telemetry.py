@@ -20,7 +20,7 @@ from .edge_hub import EdgeHub
 from .message_condition import Message
 from .message_routes import MessageRoutes, compile_routes
 from .outbox import Limits, Outbox, OutboxError, Telemetry
-from .reconcile import Snapshot
+from .snapshot import Snapshot
 from .store import Deployment, StateStore
 
 log = logging.getLogger(__name__)

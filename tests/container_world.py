@@ -17,7 +17,7 @@ from gatelet.agent.hub_names import HubNames
 from gatelet.agent.image_housekeeping import ImageHousekeeping
 from gatelet.agent.image_retention import Disk, RetentionRules
 from gatelet.agent.plan import InstanceView
-from gatelet.agent.reconcile import Reconciler, ReconcileSettings, Snapshot
+from gatelet.agent.reconcile import Reconciler, ReconcileSettings
 from gatelet.agent.seams import (
     BackendView,
     LoadedModel,
@@ -26,6 +26,7 @@ from gatelet.agent.seams import (
     StepFailed,
     StoredView,
 )
+from gatelet.agent.snapshot import Snapshot
 from gatelet.agent.steps import Executor, resolved_as
 from gatelet.agent.store import StateStore
 from gatelet.simulator.engine import SimulatedEngine

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from ..preview import Preview
-from ..reconcile import Verdict
 from ..runtime.container import LogLine
+from ..submissions import Verdict
 from ..twin.transport import MethodResult
 
 

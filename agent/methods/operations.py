@@ -13,9 +13,9 @@ from ..config import AgentConfig
 from ..log_lines import LineFilter
 from ..plan_types import Kind
 from ..preview import FieldChange, Preview
-from ..reconcile import Verdict
 from ..redaction import HIDDEN, redact_document, secret_name
 from ..runtime.container import ContainerRuntime, LogFilter, LogLine
+from ..submissions import Verdict
 from ..twin.transport import MethodResult
 from .blobs import BlobStorage
 from .commands import CommandRefused

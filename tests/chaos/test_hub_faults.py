@@ -22,7 +22,7 @@ from gatelet.agent.clock import SystemClock
 from gatelet.agent.outbox import Outbox, Telemetry
 from gatelet.agent.outbox_sender import OutboxSender
 from gatelet.agent.publish import Publisher
-from gatelet.agent.reconcile import Verdict
+from gatelet.agent.submissions import Verdict
 from gatelet.agent.twin.iothub import IotHubSettings, IotHubTransport
 from gatelet.agent.twin.transport import MethodResult
 from gatelet.simulator.connect_proxy import ConnectProxy

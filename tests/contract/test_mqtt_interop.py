@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import dataclasses
 import datetime
+import errno
 import gc
 import importlib
 import json

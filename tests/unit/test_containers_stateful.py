@@ -76,7 +76,7 @@ class WatchedDevice(Device):
             return
         spec = container.body["Labels"].get(SPEC_LABEL)
         for deployment in (latest, good):
-            wanted = self.reconciler._wanted(deployment)
+            wanted = self.reconciler._wanted.of(deployment)
             specs = {m.container.fingerprint() for m in wanted.modules if m.container and m.running}
             if spec not in specs:
                 return
@@ -264,7 +264,7 @@ class Containers(RuleBasedStateMachine):
         assert plan.steps == ()
         ill = {f"{reason}" for reason in plan.blocked}
         assert not ill
-        wanted = device.reconciler._wanted(goal.wanted)
+        wanted = device.reconciler._wanted.of(goal.wanted)
         expected = {m.name: m.image for m in wanted.modules if m.running}
         kept = {m.name for m in wanted.modules if not m.running}
         found = {}

@@ -16,7 +16,7 @@ from gatelet.agent.methods.operations import Operations, without_secrets
 from gatelet.agent.methods.table import in_daemon_thread
 from gatelet.agent.methods.tasks import TASKS_KEPT, BackgroundTasks, TaskFailed, TooBusy
 from gatelet.agent.preview import FieldChange, Preview
-from gatelet.agent.reconcile import Verdict
+from gatelet.agent.submissions import Verdict
 
 SAS = "?sr=c&sig=s3cret"
 

@@ -11,7 +11,7 @@ from gatelet.agent.config import ConfigError, parse_config
 from gatelet.agent.edge_hub import EdgeHub
 from gatelet.agent.outbox import Limits, Outbox
 from gatelet.agent.process import open_outbox, outbox_limits
-from gatelet.agent.reconcile import Snapshot
+from gatelet.agent.snapshot import Snapshot
 from gatelet.agent.status import telemetry_document
 from gatelet.agent.store import Deployment, StateStore
 from gatelet.agent.telemetry import LifecycleEvents, Upstream, deployment_events, limits_for

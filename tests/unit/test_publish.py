@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from gatelet.agent.publish import Publisher
-from gatelet.agent.reconcile import Verdict
+from gatelet.agent.submissions import Verdict
 from gatelet.agent.twin.merge_patch import apply_patch
 from gatelet.agent.twin.transport import Desired, MethodResult, TransportUnavailable, TwinSink
 

@@ -14,9 +14,10 @@ from gatelet.agent.image_housekeeping import DiskUsage, ImageHousekeeping
 from gatelet.agent.image_retention import Disk, RetentionRules
 from gatelet.agent.plan import InstanceView, Route, WantedEndpoint
 from gatelet.agent.plan_types import UNTOLD
-from gatelet.agent.reconcile import Reconciler, ReconcileSettings, Snapshot
+from gatelet.agent.reconcile import Reconciler, ReconcileSettings
 from gatelet.agent.scoring_env import ScoringOptions
 from gatelet.agent.seams import LoadedModel, Progress, Resolved, ScoringView, StepFailed, StoredView
+from gatelet.agent.snapshot import Snapshot
 from gatelet.agent.status import desired_status
 from gatelet.agent.steps import Executor
 from gatelet.agent.store import StateStore
