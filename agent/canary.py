@@ -2,26 +2,29 @@
 
 A canary gets its endpoint's requests in steps. A step ends well when it lasted long enough, the
 canary answered enough requests in it, and it neither failed more often nor took longer than the
-version beside it by more than the rules allow. One that does worse gets no requests any more.
+version beside it by more than the rules allow and chance explains. One that does worse gets no
+requests any more.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import sqrt
 
 import msgspec
 
-# Standard deviations: few failures among few requests are no verdict, and a canary is looked at
-# often.
+from .latencies import Latencies, slower
+
+# Standard deviations: few failures or late answers among few requests are no verdict, and a canary
+# is looked at often.
 _CERTAIN = 3.5
 
 
 class CanaryRules(msgspec.Struct, frozen=True):
     """`steps`: rising percentages. `max_error_delta`: by how much its rate of failed requests
-    (0 to 1) may exceed the other's, beyond what chance explains; `max_latency_ratio`: its mean time
-    per answer against the other's; `min_requests`: answered in a step before it is judged."""
+    (0 to 1) may exceed the other's, beyond what chance explains; `max_latency_ratio`: its times
+    of an answer against the other's; `min_requests`: answered in a step before it is judged."""
 
     steps: tuple[int, ...]
     step_seconds: float = 60.0
@@ -38,24 +41,25 @@ class CanaryPhase(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one instance answered since it was loaded; `success_ns` of all successes together."""
+    """What one instance answered since it was loaded; `times` are those of its successes, as far as
+    they were kept."""
 
     successes: int = 0
     failures: int = 0
-    success_ns: int = 0
+    times: Latencies = field(default_factory=Latencies)
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(
             self.successes - other.successes,
             self.failures - other.failures,
-            self.success_ns - other.success_ns,
+            self.times - other.times,
         )
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
             self.successes + other.successes,
             self.failures + other.failures,
-            self.success_ns + other.success_ns,
+            self.times + other.times,
         )
 
     @property
@@ -65,10 +69,6 @@ class Counts:
     @property
     def error_rate(self) -> float:
         return self.failures / self.requests if self.requests else 0.0
-
-    @property
-    def mean_ns(self) -> float:
-        return self.success_ns / self.successes if self.successes else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,11 @@ def _worse(rules: CanaryRules, new: Counts, old: Counts) -> str:
             f"{new.failures} of {new.requests} requests failed ({new.error_rate:.1%}), beside it "
             f"{old.error_rate:.1%}; allowed are {allowed:.1%}"
         )
-    if new.successes and old.successes and new.mean_ns > old.mean_ns * rules.max_latency_ratio:
+    late = slower(new.times, old.times, rules.max_latency_ratio, _CERTAIN)
+    if late is not None:
         return (
-            f"an answer took {new.mean_ns / 1e6:.3g} ms on average, beside it "
-            f"{old.mean_ns / 1e6:.3g} ms; allowed are {rules.max_latency_ratio:g} times as much"
+            f"{late.share:.0%} of the answers took up to {late.ns / 1e6:.3g} ms, beside it "
+            f"{late.other_ns / 1e6:.3g} ms; allowed are {rules.max_latency_ratio:g} times as much"
         )
     return ""
 
@@ -156,7 +157,7 @@ def _went_back(start: Sample, sample: Sample) -> bool:
     return any(
         now.successes < then.successes
         or now.failures < then.failures
-        or now.success_ns < then.success_ns
+        or now.times.count < then.times.count
         for now, then in ((sample.canary, start.canary), (sample.stable, start.stable))
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -12,6 +13,7 @@ import grpc.aio
 from ..protos import control_pb2 as pb
 from ..protos.services import AsyncScoringStub
 from .canary import Counts
+from .latencies import Latencies
 from .plan import InstanceView, Route, Target, WantedEndpoint
 from .plan_types import UNTOLD
 from .scoring_env import ScoringOptions
@@ -101,6 +103,7 @@ class ScoringLink:
                 if address
             ),
             _announced(answer),
+            _fabric(answer.fabric),
         )
 
     async def load(self, instance: str, directory: Path, options: ScoringOptions) -> None:
@@ -177,10 +180,23 @@ def _model(status: pb.InstanceStatus) -> LoadedModel:
             for b in status.backends
         ),
         tuple(status.notes),
-        Counts(status.counts.successes, status.counts.failures, status.counts.success_ns),
+        _counts(status.counts),
         _mirrored(status),
         _memory(status),
     )
+
+
+def _counts(counts: pb.InstanceCounts) -> Counts:
+    times = zip(counts.time_buckets, counts.time_counts, strict=True)
+    return Counts(counts.successes, counts.failures, Latencies(tuple(times)))
+
+
+def _fabric(told: bytes) -> Mapping[str, Any] | None:
+    try:
+        document = json.loads(told) if told else None
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _announced(answer: pb.StatusResponse) -> tuple[WantedEndpoint, ...] | None:

@@ -5,10 +5,10 @@ Each is a Protocol over frozen views of what is there, with one real and several
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .canary import Counts
 from .plan import InstanceView, Kind, Route, WantedEndpoint
@@ -80,7 +80,8 @@ class LoadedModel:
 @dataclass(frozen=True, slots=True)
 class ScoringView:
     """The scoring process as seen now. `boot_id` differs after each of its starts; `addresses` is
-    where its clients connect, by protocol; `announced`: see `plan_types.Observed`."""
+    where its clients connect, by protocol; `announced`: see `plan_types.Observed`; `fabric` is what
+    the fabric process tells of itself (see docs/fpga.md), None without an FPGA."""
 
     boot_id: str
     pid: int
@@ -88,6 +89,7 @@ class ScoringView:
     routes: tuple[Route, ...]
     addresses: tuple[tuple[str, str], ...] = ()
     announced: tuple[WantedEndpoint, ...] | None = None
+    fabric: Mapping[str, Any] | None = None
 
 
 class ScoringControl(Protocol):

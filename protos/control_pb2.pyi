@@ -174,14 +174,18 @@ class InstanceStatus(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., state: _Optional[_Union[InstanceStatus.State, str]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., counts: _Optional[_Union[InstanceCounts, _Mapping]] = ..., mirror: _Optional[_Union[MirrorCounts, _Mapping]] = ..., memory: _Optional[_Union[MemoryStatus, _Mapping]] = ...) -> None: ...
 
 class InstanceCounts(_message.Message):
-    __slots__ = ("successes", "failures", "success_ns")
+    __slots__ = ("successes", "failures", "success_ns", "time_buckets", "time_counts")
     SUCCESSES_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     SUCCESS_NS_FIELD_NUMBER: _ClassVar[int]
+    TIME_BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    TIME_COUNTS_FIELD_NUMBER: _ClassVar[int]
     successes: int
     failures: int
     success_ns: int
-    def __init__(self, successes: _Optional[int] = ..., failures: _Optional[int] = ..., success_ns: _Optional[int] = ...) -> None: ...
+    time_buckets: _containers.RepeatedScalarFieldContainer[int]
+    time_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, successes: _Optional[int] = ..., failures: _Optional[int] = ..., success_ns: _Optional[int] = ..., time_buckets: _Optional[_Iterable[int]] = ..., time_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MirrorCounts(_message.Message):
     __slots__ = ("compared", "differing", "failed", "dropped", "largest_difference")
@@ -214,7 +218,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address", "http_address", "metrics_address", "announced", "endpoints")
+    __slots__ = ("pid", "instances", "routes", "boot_id", "grpc_address", "http_address", "metrics_address", "announced", "endpoints", "fabric")
     PID_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     ROUTES_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +228,7 @@ class StatusResponse(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    FABRIC_FIELD_NUMBER: _ClassVar[int]
     pid: int
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
     routes: _containers.RepeatedCompositeFieldContainer[Route]
@@ -233,7 +238,8 @@ class StatusResponse(_message.Message):
     metrics_address: str
     announced: bool
     endpoints: _containers.RepeatedCompositeFieldContainer[WantedEndpoint]
-    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., announced: bool = ..., endpoints: _Optional[_Iterable[_Union[WantedEndpoint, _Mapping]]] = ...) -> None: ...
+    fabric: bytes
+    def __init__(self, pid: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., boot_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., announced: bool = ..., endpoints: _Optional[_Iterable[_Union[WantedEndpoint, _Mapping]]] = ..., fabric: _Optional[bytes] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("manifest",)

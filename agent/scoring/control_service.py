@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,11 +55,14 @@ class ControlService:
         grpc_address: str = "",
         http_address: str = "",
         metrics_address: str = "",
+        fabric: Callable[[], bytes] = bytes,
     ) -> None:
+        """`fabric` gives what the fabric process tells, as JSON."""
         self._plane = plane
         ensembles = EnsembleBackend(plane)
         self._backends = {**backends, ensembles.name: ensembles}
         self._addresses = (grpc_address, http_address, metrics_address)
+        self._fabric = fabric
         self._boot_id = str(uuid.uuid4())
         self._loading = threading.Lock()
         self._changing = threading.Lock()
@@ -173,6 +176,10 @@ class ControlService:
                     grpc.StatusCode.FAILED_PRECONDITION,
                     f"ensembles ask each other: {' -> '.join(circle)}",
                 )
+            for route in routes.values():
+                if len(route.targets) > 1:
+                    for target in route.targets:
+                        target.instance.statistics.keep_times()
             self._plane.switch(routes.values())
         log.info("serving %s", ", ".join(map(_described, routes.values())) or "no endpoint")
         return pb.SwitchResponse()
@@ -263,6 +270,7 @@ class ControlService:
                 pb.WantedEndpoint(endpoint=endpoint, auth=auth)
                 for endpoint, auth in sorted(self._plane.table.coming.items())
             ],
+            fabric=self._fabric(),
         )
 
     def retry_missing(self) -> None:
@@ -351,11 +359,15 @@ def _memory(instance: Instance) -> pb.MemoryStatus | None:
 
 
 def _counts(instance: Instance) -> pb.InstanceCounts:
+    # First: a success between the two is without its time rather than a time without its success.
+    times = instance.statistics.times().buckets
     snapshot = instance.statistics.snapshot()
     return pb.InstanceCounts(
         successes=snapshot.success.count,
         failures=snapshot.fail.count,
         success_ns=snapshot.success.ns,
+        time_buckets=[number for number, _ in times],
+        time_counts=[many for _, many in times],
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 from gatelet.agent.canaries import Canaries
 from gatelet.agent.canary import (
@@ -19,6 +22,7 @@ from gatelet.agent.canary import (
     percent,
 )
 from gatelet.agent.clock import SystemClock
+from gatelet.agent.latencies import latencies
 from gatelet.agent.plan import InstanceView, Route, Target, Wanted, WantedModule
 from gatelet.agent.reconcile import Snapshot
 from gatelet.agent.scoring_env import ScoringOptions
@@ -30,6 +34,36 @@ from hypothesis import strategies as st
 
 RULES = CanaryRules((5, 25, 100), 60.0, 0.01, 1.5, 50)
 MS = 1_000_000
+
+
+Noise = Callable[[random.Random], float]
+
+
+def quiet(chance: random.Random) -> float:
+    return chance.lognormvariate(0, 0.3)
+
+
+def spiky(chance: random.Random) -> float:
+    """One answer of twenty is late by a hundred times, as behind a garbage collection."""
+    return chance.lognormvariate(0, 0.5) * (100 if chance.random() < 0.05 else 1)
+
+
+def heavy(chance: random.Random) -> float:
+    """Without a finite mean: no average of it ever settles."""
+    return chance.paretovariate(0.9)
+
+
+@dataclass
+class Side:
+    failures: int = 0
+    times: list[int] = field(default_factory=list)
+
+    def counts(self) -> Counts:
+        return Counts(len(self.times), self.failures, latencies(self.times))
+
+
+def counts_of(good: int, bad: int = 0, ms: float = 1.0) -> Counts:
+    return Counts(good, bad, latencies([int(ms * MS)] * good))
 
 
 class Rollout:
@@ -54,20 +88,22 @@ class Rollout:
         bad_old: float = 0.0,
         new_ms: float = 1.0,
         old_ms: float = 1.0,
+        noise: Noise | None = None,
     ) -> None:
+        """`noise`: what an answer's time is multiplied with."""
         for _ in range(seconds):
+            new, old = Side(), Side()
             for _ in range(per_second):
-                if self.random.random() * 100 < percent(self.rules, self.canary):
-                    self.new += self._one(bad_new, new_ms)
+                mine = self.random.random() * 100 < percent(self.rules, self.canary)
+                side, bad, ms = (new, bad_new, new_ms) if mine else (old, bad_old, old_ms)
+                if self.random.random() < bad:
+                    side.failures += 1
                 else:
-                    self.old += self._one(bad_old, old_ms)
+                    side.times.append(int(ms * MS * (noise(self.random) if noise else 1)))
+            self.new += new.counts()
+            self.old += old.counts()
             self.now += 1.0
             self.look()
-
-    def _one(self, bad: float, ms: float) -> Counts:
-        if self.random.random() < bad:
-            return Counts(0, 1, 0)
-        return Counts(1, 0, int(ms * MS))
 
     def look(self) -> None:
         sample = Sample(self.boot_id, self.now, self.new, self.old)
@@ -112,9 +148,9 @@ def test_chance_alone_rolls_nobody_back(seed: int) -> None:
 
 def test_one_failure_is_no_verdict() -> None:
     canary = advance(RULES, Canary(), Sample("a", 0.0, Counts(), Counts()))
-    old = Counts(950, 0, 950 * MS)
-    assert advance(RULES, canary, Sample("a", 1.0, Counts(49, 1, 49 * MS), old)) == canary
-    worse = advance(RULES, canary, Sample("a", 1.0, Counts(45, 5, 45 * MS), old))
+    old = counts_of(950)
+    assert advance(RULES, canary, Sample("a", 1.0, counts_of(49, 1), old)) == canary
+    worse = advance(RULES, canary, Sample("a", 1.0, counts_of(45, 5), old))
     assert worse.phase is CanaryPhase.ROLLED_BACK
 
 
@@ -126,6 +162,35 @@ def test_one_that_is_slower_is_rolled_back() -> None:
     rollout = Rollout()
     rollout.run(190, new_ms=1.4)
     assert rollout.canary.phase is CanaryPhase.PROMOTED
+
+
+@pytest.mark.parametrize("noise", [quiet, spiky, heavy], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("ratio", [1.0, 1.5])
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_rolls_nobody_back(noise: Noise, ratio: float, seed: int) -> None:
+    rollout = Rollout(msgspec.structs.replace(RULES, max_latency_ratio=ratio), seed)
+    rollout.run(190, noise=noise)
+    assert rollout.canary.phase is CanaryPhase.PROMOTED
+    # It never goes back, not even for a look.
+    assert list(dict.fromkeys(rollout.shares)) == [5, 25, 100]
+
+
+@pytest.mark.parametrize("noise", [quiet, spiky, heavy], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_hides_nobody_who_is_slower(noise: Noise, seed: int) -> None:
+    rollout = Rollout(seed=seed)
+    rollout.run(190, new_ms=3.5, noise=noise)
+    assert rollout.canary.phase is CanaryPhase.ROLLED_BACK
+    assert rollout.shares.index(0) <= 60
+    assert set(rollout.shares[rollout.shares.index(0) :]) == {0}
+
+
+def test_one_that_is_late_now_and_then_is_rolled_back() -> None:
+    canary = advance(RULES, Canary(), Sample("a", 0.0, Counts(), Counts()))
+    new = Counts(500, 0, latencies([MS] * 430 + [20 * MS] * 70))
+    after = advance(RULES, canary, Sample("a", 5.0, new, counts_of(5000)))
+    assert after.phase is CanaryPhase.ROLLED_BACK
+    assert "95% of the answers took up to" in after.reason
 
 
 def test_too_few_requests_decide_nothing() -> None:
@@ -150,7 +215,12 @@ def test_a_restart_of_the_counting_process_measures_the_step_anew(boot_id: str) 
     assert rollout.shares[-1] == 25
 
 
-counts = st.builds(Counts, st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**15))
+counts = st.builds(
+    Counts,
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 10**10), max_size=30).map(latencies),
+)
 
 
 @given(
@@ -221,7 +291,7 @@ def share(canaries: Canaries, wanted: Wanted = WANTED) -> int | None:
     return canaries.shares(wanted).modules[1].options.traffic
 
 
-GOOD = Counts(100, 0, 100 * MS)
+GOOD = counts_of(100)
 
 
 def test_the_share_follows_and_survives_a_restart_of_the_agent(store: StateStore) -> None:
@@ -247,7 +317,7 @@ def test_the_share_follows_and_survives_a_restart_of_the_agent(store: StateStore
 def test_one_that_was_rolled_back_stays_so_until_a_new_deployment(store: StateStore) -> None:
     canaries = Canaries(store)
     canaries.note(WANTED, routes(5), view(Counts(), Counts()), 0.0)
-    assert canaries.note(WANTED, routes(5), view(Counts(10, 90, MS), GOOD), 1.0)
+    assert canaries.note(WANTED, routes(5), view(counts_of(10, 90), GOOD), 1.0)
     assert share(canaries) == share(Canaries(store)) == 0
     document = canaries.views(WANTED)["new"].document()
     assert (document["phase"], document["percent"]) == ("rolled-back", 0)
