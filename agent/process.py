@@ -56,6 +56,7 @@ from .scoring_link import ScoringLink
 from .status import (
     deployment_document,
     desired_status,
+    fabric_state,
     outcome,
     status_document,
     stuck,
@@ -358,7 +359,8 @@ class Agent:
         if awaited is not None:
             details["fetch"] = awaited.document()
         if self._board is not None:
-            details["board"] = {"name": self._board.name, "part": self._board.part}
+            fabric = fabric_state(snapshot.scoring.fabric if snapshot.scoring else None)
+            details["board"] = {"name": self._board.name, "part": self._board.part, **fabric}
         return build_reported(
             version=self._version,
             platform=Platform(platform.system().lower(), platform.machine(), platform.release()),

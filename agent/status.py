@@ -72,11 +72,21 @@ def status_document(
             if s.code != OK
         ],
         "scoring": dict(snapshot.scoring.addresses if snapshot.scoring else ()),
+        "fabric": snapshot.scoring.fabric if snapshot.scoring else None,
         "processes": dict(processes),
         "telemetry": telemetry,
         "fetch": fetch,
         "unsupported": list(unsupported),
     }
+
+
+def fabric_state(told: Mapping[str, Any] | None) -> dict[str, str]:
+    """What of the fabric is state rather than a count; empty without one, or before it is known."""
+    if told is None:
+        return {}
+    if not told.get("up"):
+        return {"fabric": "away"}
+    return {"fabric": "serving" if told.get("trouble") is None else "sick"}
 
 
 def telemetry_document(

@@ -121,7 +121,7 @@ class FpgaBackend:
     def fabric_status(self) -> Mapping[str, Any] | None:
         """What the fabric process told of itself a moment ago (see `FabricServer.status`).
 
-        None while it is away, and before it was asked for the first time. Never waits.
+        None while it is away, empty before it was asked for the first time. Never waits.
         """
         return self._watch.read()
 

@@ -28,10 +28,10 @@ class FabricWatch:
         self._guard = threading.Lock()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
-        self._last: Mapping[str, Any] | None = None
+        self._last: Mapping[str, Any] | None = {}
 
     def read(self) -> Mapping[str, Any] | None:
-        """Its status of a second ago; None while it is away, or has not been asked yet."""
+        """Its status of a second ago; None while it is away, empty before it was asked."""
         with self._guard:
             if self._thread is None and not self._ending.is_set():
                 self._thread = threading.Thread(target=self._ask, name="fpga-watch", daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from ..clock import SystemClock
@@ -70,11 +71,30 @@ def _status(arguments: argparse.Namespace) -> int:
     if status["scoring"]:
         addresses = (f"{name} {address}" for name, address in status["scoring"].items())
         print(f"{'serving':11} {', '.join(addresses)}")
+    if (fabric := status.get("fabric")) is not None:
+        print(f"{'fpga':11} {fabric_text(fabric)}")
     for refusal in status["refused"]:
         print(f"refused     from {refusal['source']} ({refusal['code']}): {refusal['description']}")
     print()
     _table(status["modules"])
     return 0
+
+
+def fabric_text(fabric: Mapping[str, Any]) -> str:
+    """One line about the fabric process, as it tells of itself."""
+    if not fabric.get("up"):
+        return "the fabric process does not answer"
+    configured = fabric["reconfigurations"] + fabric.get("partialReconfigurations", 0)
+    parts = [
+        f"{fabric.get('loaded') or 'nothing'} on {fabric.get('board') or 'an unknown board'}",
+        f"{configured} configurations",
+        f"{fabric['requests']} requests",
+    ]
+    if temperatures := fabric.get("temperatures"):
+        parts.append(f"{max(temperatures.values()):.0f} °C")
+    if (trouble := fabric.get("trouble")) is not None:
+        parts.append(f"sick: {trouble}")
+    return ", ".join(parts)
 
 
 def _telemetry(telemetry: dict[str, Any]) -> str:

@@ -117,14 +117,71 @@ def rates(before: Sample, now: Sample) -> dict[str, Any]:
         "deployment": now.status["deployment"],
         "modules": modules,
         "memory": dict(now.memory),
+        "fabric": _fabric(before.status.get("fabric"), now.status.get("fabric"), seconds),
     }
+
+
+def _fabric(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, seconds: float
+) -> dict[str, Any] | None:
+    """The FPGA between two samples; None without one. `busy` is a share of the time."""
+    if now is None:
+        return None
+    if not now.get("up"):
+        return {"up": False}
+    earlier = before or {}
+    # Its counters begin anew with its process.
+    if earlier.get("pid") != now.get("pid"):
+        earlier = {}
+
+    def grown(*keys: str) -> float:
+        return float(sum(now.get(key, 0) - earlier.get(key, 0) for key in keys))
+
+    # What it tells is up to a second old: its own clock says how long it was.
+    passed = grown("uptimeSeconds") if earlier else seconds
+    rate = 1 / passed if passed > 0 else 0.0
+    return {
+        "up": True,
+        "loaded": now.get("loaded"),
+        "trouble": now.get("trouble"),
+        "busy": round(min(1.0, grown("busySeconds") * rate), 3) if earlier else None,
+        "requestsPerSecond": round(grown("requests") * rate, 1) if earlier else None,
+        "configurationsPerSecond": (
+            round(grown("reconfigurations", "partialReconfigurations") * rate, 1)
+            if earlier
+            else None
+        ),
+        "queued": now.get("queued", 0),
+        "temperatures": dict(now.get("temperatures") or {}),
+    }
+
+
+def fabric_line(fabric: Mapping[str, Any]) -> str:
+    """The FPGA in one line."""
+    if not fabric["up"]:
+        return "fpga: the fabric process does not answer"
+    parts = [fabric["loaded"] or "nothing loaded"]
+    if fabric["busy"] is not None:
+        parts += [
+            f"{100 * fabric['busy']:.0f} % busy",
+            f"{fabric['requestsPerSecond']:.1f} requests/s",
+            f"{fabric['configurationsPerSecond']:.1f} configurations/s",
+        ]
+    if fabric["queued"]:
+        parts.append(f"{fabric['queued']} in line")
+    parts += [f"{name} {value:.0f} °C" for name, value in sorted(fabric["temperatures"].items())]
+    if fabric["trouble"] is not None:
+        parts.append(f"sick: {fabric['trouble']}")
+    return f"fpga: {', '.join(parts)}"
 
 
 def _head(found: Mapping[str, Any]) -> str:
     about = found["deployment"]
     deployment = f"deployment {about['generation']} {about['phase']}" if about else "no deployment"
     memory = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in found["memory"].items())
-    return f"{found['device']}: {deployment}; {memory or 'no process here'}"
+    head = f"{found['device']}: {deployment}; {memory or 'no process here'}"
+    fabric = found.get("fabric")
+    return head if fabric is None else f"{head}\n{fabric_line(fabric)}"
 
 
 def _cells(found: Mapping[str, Any]) -> list[tuple[str, ...]]:

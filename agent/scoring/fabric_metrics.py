@@ -35,7 +35,10 @@ _GAUGES = (
 
 
 class FabricMetrics:
-    """A `MetricsSource`. `status` gives what the process told last, None while it is away."""
+    """A `MetricsSource`. `status` gives what the process told last.
+
+    That is None while it is away, and empty before it was asked.
+    """
 
     def __init__(self, status: Callable[[], Status | None]) -> None:
         self._status = status
@@ -43,10 +46,14 @@ class FabricMetrics:
     def document(self) -> bytes:
         """The same for the agent, as JSON; `{"up": false}` while the process is away."""
         status = self._status()
+        if status is not None and not status:
+            return b""
         return json.dumps({"up": status is not None, **(status or {})}).encode()
 
     def metrics(self) -> list[Family]:
         status = self._status()
+        if status is not None and not status:
+            return []
         up = Family("gatelet_fabric_up", "gauge", "1 while the fabric process answers")
         up.add(int(status is not None))
         if status is None:

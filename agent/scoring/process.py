@@ -104,6 +104,7 @@ def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> i
             grpc_address=transports.grpc_address,
             http_address=transports.http_address,
             metrics_address=transports.metrics_address,
+            fabric=bytes if fabric is None else fabric.document,
         )
         control = ControlServer(service, Path(settings.control_socket))
         unused.pop_all()

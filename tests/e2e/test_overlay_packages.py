@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ async def test_a_finn_package(
     result = await served(shared_device, make_deployment, folder, {"image": x})
     assert result["sums"].dtype == np.int32
     np.testing.assert_array_equal(result["sums"], network.reference([x])[0])
+    await tells_of_its_fabric(shared_device, "finn-accel")
+
+
+async def tells_of_its_fabric(device: Any, loaded: str) -> None:
+    """In the agent's status, in what it reports, and to Prometheus."""
+    found = await device.until(lambda s: (s["fabric"] or {}).get("loaded") == loaded)
+    fabric = found["fabric"]
+    assert (fabric["up"], fabric["board"], fabric["part"]) == (True, "pynq-z2", Z2)
+    assert fabric["requests"] > 0 < fabric["busySeconds"]
+    assert fabric["pid"] == found["processes"]["fabric"]["pid"]
+    await device.until_reported(
+        lambda r: r.get("gatelet", {}).get("board", {}).get("fabric") == "serving"
+    )
+
+    def scraped() -> str:
+        with urllib.request.urlopen(f"http://{found['scoring']['metrics']}/metrics") as answer:
+            return str(answer.read().decode())
+
+    metrics = await asyncio.to_thread(scraped)
+    assert "gatelet_fabric_up 1" in metrics
+    assert f'part="{Z2}",loaded="{loaded}"' in metrics
+    assert 'gatelet_fabric_clock_hertz{clock="fclk0"} 100000000.0' in metrics
 
 
 async def test_an_hls4ml_package(

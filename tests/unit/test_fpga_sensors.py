@@ -125,5 +125,8 @@ def test_metrics_of_a_fabric_that_tells_all_nothing_or_nonsense() -> None:
     assert render(FabricMetrics(lambda: None).metrics()).decode().splitlines()[2:] == [
         "gatelet_fabric_up 0"
     ]
+    assert FabricMetrics(dict).metrics() == []
+    assert FabricMetrics(dict).document() == b""
+    assert FabricMetrics(lambda: None).document() == b'{"up": false}'
     odd = {"busySeconds": "much", "queued": True, "temperatures": [1], "clocksMhz": {"x": None}}
     assert b"much" not in render(FabricMetrics(lambda: odd).metrics())

@@ -12,8 +12,10 @@ import pytest
 from gatelet.agent.cli.command import CommandError, palette
 from gatelet.agent.cli.diff import preview_text
 from gatelet.agent.cli.spans import module_text, span
-from gatelet.agent.cli.top import Sample, _text, rates
-from gatelet.agent.cli.waiting import outcome, report, wait
+from gatelet.agent.cli.status import fabric_text
+from gatelet.agent.cli.top import Sample, _text, fabric_line, rates
+from gatelet.agent.cli.waiting import outcome, report, restarted, wait, wait_restarted
+from gatelet.agent.status import fabric_state
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=timezone.utc)
 
@@ -32,6 +34,52 @@ NOW = datetime(2026, 11, 21, 12, 0, tzinfo=timezone.utc)
 )
 def test_spans(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("status", "started", "more", "expected"),
+    [
+        ("running", "1", {}, None),
+        ("running", "2", {}, True),
+        ("running", None, {}, None),
+        ("running", "2", {"container": {"health": "starting"}}, None),
+        ("running", "2", {"container": {"health": "healthy"}}, True),
+        ("unhealthy", "2", {}, None),
+        ("backoff", "2", {}, None),
+        ("unknown", "1", {}, None),
+        ("stopped", "1", {}, None),
+        ("stopped", "2", {}, True),
+        ("failed", "1", {}, None),
+        ("failed", "1", {"description": "the engine refuses"}, False),
+        ("failed", "2", {}, False),
+        ("dead", "2", {}, False),
+    ],
+)
+def test_a_restart_is_over_when_the_module_runs_anew(
+    status: str, started: str | None, more: dict[str, Any], expected: bool | None
+) -> None:
+    before = module("running", started="1")
+    assert restarted(before, module(status, started=started, **more)) is expected
+
+
+def test_a_restart_is_not_waited_for_without_end() -> None:
+    class Agent:
+        def __init__(self, *modules: dict[str, Any]) -> None:
+            self.modules = modules
+
+        def watch(self, seconds: float) -> Any:
+            yield {"modules": [module("running", started="1")]}
+            yield {"modules": list(self.modules)}
+
+    before = module("running", started="1")
+    arguments = argparse.Namespace(timeout=2.0, json=True)
+    again = module("running", started="2")
+    assert wait_restarted(Agent(again), before, arguments) == (True, "as it is")
+    crashed = module("backoff", started="2") | {"description": "crashed"}
+    with pytest.raises(CommandError, match=r"not run anew after 2 s; .*: crashed"):
+        wait_restarted(Agent(crashed), before, arguments)
+    with pytest.raises(CommandError, match="m is no module of the running deployment any more"):
+        wait_restarted(Agent(), before, arguments)
 
 
 def module(status: str, **more: Any) -> dict[str, Any]:
@@ -189,6 +237,58 @@ def test_rates_between_two_looks(before: int, after: int, rate: float) -> None:
     assert f"cpu {rate}/s" in text
     empty = Sample(0, {"device": "d", "deployment": None, "modules": []}, {})
     assert "no deployment" in _text(rates(empty, empty))
+
+
+def with_fabric(at: float, **told: Any) -> Sample:
+    looked = sample(at, 0)
+    return Sample(at, {**looked.status, "fabric": {"up": True, **told} if told else None}, {})
+
+
+def test_the_fpga_between_two_looks() -> None:
+    told = {
+        "pid": 7, "loaded": "digits", "trouble": None, "busySeconds": 10.0, "requests": 100,
+        "reconfigurations": 3, "partialReconfigurations": 1, "uptimeSeconds": 60.0, "queued": 0,
+        "temperatures": {"xadc temp0": 45.3},
+    }  # fmt: skip
+    later = {
+        **told, "busySeconds": 11.0, "requests": 180, "reconfigurations": 5,
+        "partialReconfigurations": 3, "uptimeSeconds": 64.0,
+    }  # fmt: skip
+    found = rates(with_fabric(10.0, **told), with_fabric(12.0, **later))["fabric"]
+    assert (found["busy"], found["requestsPerSecond"], found["configurationsPerSecond"]) == (
+        0.25, 20.0, 1.0,
+    ), "by its own clock, since what it tells is a second old"  # fmt: skip
+    assert fabric_line(found) == (
+        "fpga: digits, 25 % busy, 20.0 requests/s, 1.0 configurations/s, xadc temp0 45 °C"
+    )
+    assert fabric_line(found) in _text(rates(with_fabric(10.0, **told), with_fabric(12.0, **later)))
+    # A process that was started anew counts from the start: nothing to compare with yet.
+    anew = rates(with_fabric(10.0, **told), with_fabric(12.0, **{**later, "pid": 8, "queued": 2}))
+    assert anew["fabric"]["busy"] is None
+    assert fabric_line(anew["fabric"]) == "fpga: digits, 2 in line, xadc temp0 45 °C"
+    same = rates(with_fabric(10.0, **told), with_fabric(10.1, **told))["fabric"]
+    assert (same["busy"], same["requestsPerSecond"]) == (0.0, 0.0)
+    sick = {**later, "trouble": "hung"}
+    assert fabric_line(rates(with_fabric(1, **told), with_fabric(2, **sick))["fabric"]).endswith(
+        "sick: hung"
+    )
+    away = rates(with_fabric(1.0, **told), with_fabric(2.0, up=False))["fabric"]
+    assert fabric_line(away) == "fpga: the fabric process does not answer"
+    assert rates(with_fabric(1.0), with_fabric(2.0))["fabric"] is None
+
+
+def test_what_the_status_says_of_the_fpga() -> None:
+    told = {
+        "up": True, "board": "pynq-z2", "loaded": None, "reconfigurations": 2, "requests": 9,
+        "partialReconfigurations": 1, "temperatures": {"a": 40.2, "b": 51.0}, "trouble": None,
+    }  # fmt: skip
+    assert fabric_text(told) == "nothing on pynq-z2, 3 configurations, 9 requests, 51 °C"
+    assert fabric_text({**told, "trouble": "hung"}).endswith(", sick: hung")
+    assert fabric_text({"up": False}) == "the fabric process does not answer"
+    assert fabric_state(None) == {}
+    assert fabric_state({"up": False}) == {"fabric": "away"}
+    assert fabric_state(told) == {"fabric": "serving"}
+    assert fabric_state({**told, "trouble": "hung"}) == {"fabric": "sick"}
 
 
 def test_on_a_terminal_there_are_bars_and_colours_unless_refused() -> None:
