@@ -137,6 +137,7 @@ class Agent:
         jitter: Random | None = None,
         runtime: ContainerRuntime | None = None,
         hub: KnownHub | None = None,
+        boot: str | None = None,
     ) -> None:
         """`outbox` is None where there is no link. The rest is for simulations.
 
@@ -185,7 +186,7 @@ class Agent:
             jitter,
             maker=DeviceContainers(config, lambda: self._hub.names),
             housekeeping=housekeeping,
-            boot_id=boot_id(),
+            boot_id=boot_id() if boot is None else boot,
         )
         http_hosts = config.deployment.manifest_http_hosts
         self._source = ManifestSource(

@@ -13,6 +13,7 @@ import grpc.aio
 from ..protos import control_pb2 as pb
 from ..protos.services import AsyncScoringStub
 from .canary import Counts
+from .latencies import Latencies
 from .plan import InstanceView, Route, Target, WantedEndpoint
 from .plan_types import UNTOLD
 from .scoring_env import ScoringOptions
@@ -179,10 +180,15 @@ def _model(status: pb.InstanceStatus) -> LoadedModel:
             for b in status.backends
         ),
         tuple(status.notes),
-        Counts(status.counts.successes, status.counts.failures, status.counts.success_ns),
+        _counts(status.counts),
         _mirrored(status),
         _memory(status),
     )
+
+
+def _counts(counts: pb.InstanceCounts) -> Counts:
+    times = zip(counts.time_buckets, counts.time_counts, strict=True)
+    return Counts(counts.successes, counts.failures, Latencies(tuple(times)))
 
 
 def _fabric(told: bytes) -> Mapping[str, Any] | None:

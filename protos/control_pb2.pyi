@@ -174,14 +174,18 @@ class InstanceStatus(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., state: _Optional[_Union[InstanceStatus.State, str]] = ..., error: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BackendStatus, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., counts: _Optional[_Union[InstanceCounts, _Mapping]] = ..., mirror: _Optional[_Union[MirrorCounts, _Mapping]] = ..., memory: _Optional[_Union[MemoryStatus, _Mapping]] = ...) -> None: ...
 
 class InstanceCounts(_message.Message):
-    __slots__ = ("successes", "failures", "success_ns")
+    __slots__ = ("successes", "failures", "success_ns", "time_buckets", "time_counts")
     SUCCESSES_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     SUCCESS_NS_FIELD_NUMBER: _ClassVar[int]
+    TIME_BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    TIME_COUNTS_FIELD_NUMBER: _ClassVar[int]
     successes: int
     failures: int
     success_ns: int
-    def __init__(self, successes: _Optional[int] = ..., failures: _Optional[int] = ..., success_ns: _Optional[int] = ...) -> None: ...
+    time_buckets: _containers.RepeatedScalarFieldContainer[int]
+    time_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, successes: _Optional[int] = ..., failures: _Optional[int] = ..., success_ns: _Optional[int] = ..., time_buckets: _Optional[_Iterable[int]] = ..., time_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MirrorCounts(_message.Message):
     __slots__ = ("compared", "differing", "failed", "dropped", "largest_difference")

@@ -176,6 +176,10 @@ class ControlService:
                     grpc.StatusCode.FAILED_PRECONDITION,
                     f"ensembles ask each other: {' -> '.join(circle)}",
                 )
+            for route in routes.values():
+                if len(route.targets) > 1:
+                    for target in route.targets:
+                        target.instance.statistics.keep_times()
             self._plane.switch(routes.values())
         log.info("serving %s", ", ".join(map(_described, routes.values())) or "no endpoint")
         return pb.SwitchResponse()
@@ -355,11 +359,15 @@ def _memory(instance: Instance) -> pb.MemoryStatus | None:
 
 
 def _counts(instance: Instance) -> pb.InstanceCounts:
+    # First: a success between the two is without its time rather than a time without its success.
+    times = instance.statistics.times().buckets
     snapshot = instance.statistics.snapshot()
     return pb.InstanceCounts(
         successes=snapshot.success.count,
         failures=snapshot.fail.count,
         success_ns=snapshot.success.ns,
+        time_buckets=[number for number, _ in times],
+        time_counts=[many for _, many in times],
     )
 
 
