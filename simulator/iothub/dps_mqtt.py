@@ -74,7 +74,7 @@ class DpsDeviceServer:
         connection.tag = applicant
         return Accepted(Session(connect.client_id))
 
-    async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+    def on_publish(self, connection: Connection, publish: Publish) -> int | None:
         faults = self._service.faults
         try:
             answer = self._answer(connection.tag, publish.topic, publish.payload)

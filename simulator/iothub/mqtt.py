@@ -218,7 +218,7 @@ class DeviceServer:
         keepalive = min(connect.keepalive or _LONGEST_KEEPALIVE, _LONGEST_KEEPALIVE)
         return Accepted(session, present, Properties(server_keep_alive=keepalive))
 
-    async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+    def on_publish(self, connection: Connection, publish: Publish) -> int | None:
         link: DeviceLink = connection.tag
         if not link.check_expiry():
             return None

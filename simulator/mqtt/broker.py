@@ -244,7 +244,7 @@ class Broker:
         )
         return Accepted(session, present, properties)
 
-    async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+    def on_publish(self, connection: Connection, publish: Publish) -> int | None:
         if not self._may_publish(connection.tag, connection.client_id, publish.topic):
             # 3.1.1 has no way to say so: it is acknowledged and dropped [3.1.1 MQTT-3.3.5-2].
             return ReasonCode.NOT_AUTHORIZED

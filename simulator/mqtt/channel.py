@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .codec import Decoder, MalformedPacket
@@ -21,6 +21,8 @@ _CLOSE_SECONDS = 2.0
 class Channel(asyncio.Protocol):
     """Base of `Connection`, which reads with `_next`, writes with `_write`, ends with `_finish`.
 
+    Packets wait in an inbox for the connection's task. While it has nothing to do, `_handle_now`
+    may take them first: waking a task up costs as much as several messages.
     `before_write` is called before any byte leaves, so that what an answer promises can be made
     durable once for all answers of a turn of the event loop.
     """
@@ -33,8 +35,11 @@ class Channel(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[Packet | MalformedPacket | None] = deque()
         self._arrived = asyncio.Event()
+        self._is_idle = False
+        self._failure: Exception | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+        self._may_write = True  # what `_writable` says, for those who ask for every message
         self._out: list[bytes] = []
         self._write_scheduled = False
         self._reading_paused = False
@@ -84,18 +89,33 @@ class Channel(asyncio.Protocol):
         self._arm_timer()
 
     def data_received(self, data: bytes) -> None:
-        if self._end_reason is not None:
+        if self._end_reason is not None or self._failure is not None:
             return
         if self._is_connected:
             # Until then the time to CONNECT runs, whatever dribbles in.
             self._last_received = self._loop.time()
+        waiting = bool(self._inbox)
+        broken: MalformedPacket | None = None
         try:
-            self._inbox.extend(self._decoder.feed(data))
+            packets: Sequence[Packet] = self._decoder.feed(data)
         except MalformedPacket as error:
-            self._inbox.extend(error.packets)
-            self._inbox.append(error)
+            packets = error.packets
+            broken = error
         self.version = self._decoder.version
-        self._unhandled = self._unhandled + len(data) if self._inbox else 0
+        if self._is_idle and not waiting:
+            try:
+                packets = packets[self._handle_now(packets) :]
+            except Exception as error:  # noqa: BLE001 - the connection's task raises it
+                self._failure = error
+                self._arrived.set()
+        if self._end_reason is not None or self._failure is not None:
+            return
+        self._inbox.extend(packets)
+        if broken is not None:
+            self._inbox.append(broken)
+        if not self._inbox:
+            return
+        self._unhandled = len(data) + (self._unhandled if waiting else 0)
         if self._unhandled > _UNHANDLED_BYTES and not self._reading_paused:
             self._reading_paused = True
             self._transport.pause_reading()
@@ -110,20 +130,30 @@ class Channel(asyncio.Protocol):
         self._cancel_timer()
         self._inbox.append(None)
         self._arrived.set()
+        self._may_write = True
         self._writable.set()
 
     def pause_writing(self) -> None:
+        self._may_write = False
         self._writable.clear()
 
     def resume_writing(self) -> None:
+        self._may_write = True
         self._writable.set()
         self.flush()
 
-    # What the connection calls
+    # What the connection does
+
+    def _handle_now(self, packets: Sequence[Packet]) -> int:
+        """Handle packets from the first on, as long as nothing has to be waited for; how many."""
+        return 0
 
     async def _next(self) -> Packet | MalformedPacket | None:
-        """The next packet; None when the connection is over."""
+        """The next packet; None when the connection is over. Raises what `_handle_now` raised."""
         while True:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
             if self._end_reason is not None:
                 return None
             # A client that does not read its answers is not read either.
@@ -138,7 +168,9 @@ class Channel(asyncio.Protocol):
                     self._transport.resume_reading()
                 return packet
             self._arrived.clear()
+            self._is_idle = True
             await self._arrived.wait()
+            self._is_idle = False
 
     async def _until_lost(self) -> None:
         while not self._lost:

@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 
 from . import properties as at
 from .encoding import encode
+from .frequent import read_frequent
 from .packets import (
     NO_PROPERTIES,
     V5,
@@ -91,6 +92,7 @@ class Decoder:
         self._max = max_packet_size
         self._version = version
         self._buffer = bytearray()
+        self._wanted = 0  # bytes of the packet that is under way, 0 while nobody knows
         self._error: MalformedPacket | None = None
 
     @property
@@ -106,38 +108,48 @@ class Decoder:
         if self._error is not None:
             self._error.packets = ()
             raise self._error
-        self._buffer += data
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._wanted:
+                return []
+            data = bytes(self._buffer)
+            self._buffer.clear()
         packets: list[Packet] = []
         position = 0
         try:
-            while (frame := self._frame(position)) is not None:
+            while True:
+                has_properties = self._version == V5
+                position = read_frequent(data, position, has_properties, self._max, packets)
+                frame = self._frame(data, position)
+                if frame is None:
+                    break
                 first, start, end = frame
-                packets.append(self._decode(first, bytes(self._buffer[start:end])))
+                packets.append(self._decode(first, data[start:end]))
                 position = end
         except MalformedPacket as error:
             error.packets = tuple(packets)
             self._error = error
-            self._buffer.clear()
             raise
-        del self._buffer[:position]
+        if position < len(data):
+            self._buffer += data[position:]
         return packets
 
-    def _frame(self, position: int) -> tuple[int, int, int] | None:
+    def _frame(self, data: bytes, position: int) -> tuple[int, int, int] | None:
         """(first byte, body start, body end) of the next packet, None when it is incomplete.
 
         The header is judged as soon as it is here, so an oversized packet is refused, not stored.
         """
-        buffer = self._buffer
-        available = len(buffer) - position
+        self._wanted = 0
+        available = len(data) - position
         if available == 0:
             return None
-        first = buffer[position]
+        first = data[position]
         self._check_first(first)
         length = 0
         for count in range(1, 5):
             if available <= count:
                 return None
-            byte = buffer[position + count]
+            byte = data[position + count]
             length |= (byte & 0x7F) << (7 * (count - 1))
             if byte < 0x80:
                 if count > 1 and byte == 0:
@@ -157,7 +169,10 @@ class Decoder:
             )
         start = position + 1 + count
         end = start + length
-        return (first, start, end) if end <= len(buffer) else None
+        if end > len(data):
+            self._wanted = end - position
+            return None
+        return first, start, end
 
     def _check_first(self, first: int) -> None:
         kind = first >> 4

@@ -16,15 +16,17 @@ is not read further than a small buffer. `publish` may be called at any time fro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .aliases import InboundAliases, OutboundAliases, UnknownAlias
 from .answers import connack_properties, refusal, without_explanations
 from .channel import Channel
 from .codec import MalformedPacket, encode
+from .encoding import publish_bytes
 from .handler import Accepted, Handler, Limits, Refused
 from .packets import (
+    NO_PROPERTIES,
     V5,
     V311,
     ConnAck,
@@ -52,6 +54,7 @@ __all__ = ["Accepted", "Connection", "Handler", "Limits", "Refused"]
 
 _CHUNK = 64 * 1024
 _MOST_OUTBOUND_ALIASES = 256
+_ANSWERS = (PubAck, PubRec, PubComp)
 
 
 class _Refusal(Exception):
@@ -106,18 +109,24 @@ class Connection(Channel):
         """
         if problem := topic_problem(publish.topic):
             raise ValueError(f"cannot publish to {publish.topic!r}: {problem}")
+        return self.deliver(publish, done, limited=limited)
+
+    def deliver(self, publish: Publish, done: Done | None = None, *, limited: bool = True) -> bool:
+        """As `publish`, for a topic that is known to be valid."""
         session = self.session
-        if session is None or not self.is_open:
+        if session is None or self._end_reason is not None or self._lost:
             return False
-        if (
-            publish.qos == 0
-            and self._writable.is_set()
-            and not (self._corked or session.waits_to_write)
-        ):
-            self._send(publish)
-            if done is not None:
-                done(0)
-            return True
+        if self._may_write and not self._corked:
+            if publish.qos:
+                identifier = session.pass_on(publish, self._window, done)
+                if identifier:
+                    self._send_publish(publish, identifier)
+                    return True
+            elif not session.waits_to_write:
+                self._send_publish(publish, 0)
+                if done is not None:
+                    done(0)
+                return True
         taken = session.enqueue(publish, self._loop.time(), done, limited=limited)
         self.flush()
         return taken
@@ -129,7 +138,7 @@ class Connection(Channel):
             return
         window = self._window
         size = 0
-        while self.is_open and not self._corked and self._writable.is_set():
+        while self.is_open and not self._corked and self._may_write:
             packet = session.next_packet(self._loop.time(), window)
             if packet is None:
                 return
@@ -225,19 +234,42 @@ class Connection(Channel):
             return
         self.flush()
 
-    async def _on_packet(self, packet: Packet, session: Session) -> None:
+    def _handle_now(self, packets: Sequence[Packet]) -> int:
+        session = self.session
+        if session is None:
+            return 0
+        count = 0
+        for packet in packets:
+            # A client that does not read its answers is not read either.
+            if self._end_reason is not None or not self._may_write:
+                break
+            if not self._handle(packet, session):
+                break
+            count += 1
+        return count
+
+    def _handle(self, packet: Packet, session: Session) -> bool:
+        """Handle what nothing has to be waited for; whether it was that."""
         if isinstance(packet, Publish):
-            await self._on_publish(packet, session)
-        elif isinstance(packet, PubAck | PubRec | PubComp):
+            self._on_publish(packet, session)
+        elif isinstance(packet, _ANSWERS):
             answer = session.acknowledge(packet)
             if answer is not None:
                 self._send(answer)
-            self.flush()
+            if session.has_queue:
+                self.flush()
         elif isinstance(packet, PubRel):
             self._send(session.release(packet))
         elif isinstance(packet, PingReq):
             self._send(PingResp())
-        elif isinstance(packet, Subscribe):
+        else:
+            return False
+        return True
+
+    async def _on_packet(self, packet: Packet, session: Session) -> None:
+        if self._handle(packet, session):
+            return
+        if isinstance(packet, Subscribe):
             self._corked = True
             try:
                 codes = await self._handler.on_subscribe(self, packet)
@@ -262,32 +294,39 @@ class Connection(Channel):
                 f"{type(packet).__name__} is not what a connected client sends",
             )
 
-    async def _on_publish(self, publish: Publish, session: Session) -> None:
-        self._check_qos_and_retain(publish.qos, publish.retain)
-        if publish.properties.subscription_identifiers:
-            # [MQTT-3.3.4-6]
-            raise _Refusal(ReasonCode.PROTOCOL_ERROR, "a client sent a subscription identifier")
-        try:
-            publish = self._inbound.resolve(publish)
-        except UnknownAlias as error:
-            raise _Refusal(error.reason_code, str(error)) from None
+    def _on_publish(self, publish: Publish, session: Session) -> None:
+        qos = publish.qos
+        if qos > self._limits.maximum_qos or publish.retain:
+            self._check_qos_and_retain(qos, publish.retain)
+        if publish.properties is not NO_PROPERTIES:
+            publish = self._resolve(publish)
         identifier = publish.packet_id
-        if publish.qos == 2:
+        if qos == 2:
             if identifier in session.received:
                 self._send(PubRec(identifier))
                 return
             if len(session.received) >= self._limits.receive_maximum:
                 raise _Refusal(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, "too many unreleased messages")
-        code = await self._handler.on_publish(self, publish)
-        if publish.qos == 0 or code is None:
+        code = self._handler.on_publish(self, publish)
+        if qos == 0 or code is None:
             return
-        if publish.qos == 1:
+        if qos == 1:
             self._send(PubAck(identifier, code))
             return
         # 3.1.1 cannot say no, so its handshake goes on to PUBREL in any case.
         if code < 0x80 or self.version == V311:
             session.arrive(identifier)
         self._send(PubRec(identifier, code))
+
+    def _resolve(self, publish: Publish) -> Publish:
+        """Without its topic alias."""
+        if publish.properties.subscription_identifiers:
+            # [MQTT-3.3.4-6]
+            raise _Refusal(ReasonCode.PROTOCOL_ERROR, "a client sent a subscription identifier")
+        try:
+            return self._inbound.resolve(publish)
+        except UnknownAlias as error:
+            raise _Refusal(error.reason_code, str(error)) from None
 
     def _check_qos_and_retain(self, qos: int, retain: bool) -> None:
         if qos > self._limits.maximum_qos:
@@ -307,31 +346,32 @@ class Connection(Channel):
 
     def _send(self, packet: Packet, version: int | None = None) -> int:
         """Queue a packet for writing; its size in bytes, 0 when the client cannot take it."""
-        version = self.version if version is None else version
-        most = self.connect.properties.maximum_packet_size
         if isinstance(packet, Publish):
-            return self._send_publish(packet, most)
+            return self._send_publish(packet, packet.packet_id)
+        version = self.version if version is None else version
         data = encode(packet, version)
+        most = self.connect.properties.maximum_packet_size
         if most is not None and len(data) > most:
             shorter = without_explanations(packet)
             return 0 if shorter == packet else self._send(shorter, version)
         self._write(data)
         return len(data)
 
-    def _send_publish(self, publish: Publish, most: int | None) -> int:
+    def _send_publish(self, publish: Publish, identifier: int) -> int:
+        most = self.connect.properties.maximum_packet_size
         data = None
         if self._outbound is not None:
             shortened = self._outbound.shorten(publish)
-            data = encode(shortened, self.version)
+            data = publish_bytes(shortened, identifier, self.version)
             if most is not None and len(data) > most:
                 self._outbound.forget(shortened)
                 data = None
         if data is None:
-            data = encode(publish, self.version)
+            data = publish_bytes(publish, identifier, self.version)
         if most is not None and len(data) > most:
             # [MQTT-3.1.2-25]: such a message counts as delivered.
             if publish.qos and self.session is not None:
-                self.session.give_up(publish.packet_id)
+                self.session.give_up(identifier)
             return 0
         self._write(data)
         return len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 from . import properties as at
@@ -32,6 +33,8 @@ from .packets import (
 from .properties import write_properties
 from .topics import filter_problem, topic_problem
 from .wire import binary, packet_id, text, varint
+
+_REMEMBERED_LENGTH: Final = 256
 
 _Acknowledgement: TypeAlias = PubAck | PubRec | PubRel | PubComp
 
@@ -97,16 +100,35 @@ def _write_connack(packet: ConnAck, version: int) -> bytes:
 
 
 def _write_publish(packet: Publish, version: int) -> bytes:
-    if packet.topic or version == V311 or packet.properties.topic_alias is None:
-        _checked(topic_problem(packet.topic))
+    return publish_bytes(packet, packet.packet_id, version)
+
+
+def publish_bytes(packet: Publish, identifier: int, version: int) -> bytes:
+    """As `encode`, under another packet identifier."""
     first = 0x30 | packet.dup << 3 | _qos(packet.qos) << 1 | packet.retain
-    return _frame(
-        first,
-        text(packet.topic),
-        packet_id(packet.packet_id) if packet.qos else b"",
-        _section(packet.properties, at.PUBLISH, version),
-        packet.payload,
-    )
+    after = packet_id(identifier) if packet.qos else b""
+    if version == V5:
+        after += write_properties(packet.properties, at.PUBLISH)
+    topic = packet.topic
+    size = len(after) + len(packet.payload)
+    if len(topic) > _REMEMBERED_LENGTH:
+        head = _publish_head(first, topic, size)
+    elif topic or version == V311 or packet.properties.topic_alias is None:
+        head = _known_publish_head(first, topic, size)
+    else:
+        head = bytes((first,)) + varint(2 + size) + b"\0\0"
+    return b"".join((head, after, packet.payload))
+
+
+def _publish_head(first: int, topic: str, size: int) -> bytes:
+    """Fixed header and topic, after which `size` bytes follow."""
+    _checked(topic_problem(topic))
+    name = text(topic)
+    return bytes((first,)) + varint(len(name) + size) + name
+
+
+# A topic's messages are often of one size.
+_known_publish_head = lru_cache(maxsize=1024)(_publish_head)
 
 
 def _write_reason(
@@ -120,8 +142,12 @@ def _write_reason(
 
 
 def _ack_writer(first: int) -> Callable[[_Acknowledgement, int], bytes]:
+    short = bytes((first, 2))
+
     def write(packet: _Acknowledgement, version: int) -> bytes:
         head = packet_id(packet.packet_id)
+        if not packet.reason_code and packet.properties is NO_PROPERTIES:
+            return short + head
         return _write_reason(first, head, packet.reason_code, packet.properties, version)
 
     return write

@@ -68,9 +68,10 @@ class Handler(Protocol):
         (`older.close(ReasonCode.SESSION_TAKEN_OVER)`, then `await older.wait_closed()`).
         """
 
-    async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+    def on_publish(self, connection: Connection, publish: Publish) -> int | None:
         """A message, once per QoS 2 identifier, topic aliases resolved.
 
+        Not a coroutine: it is called for every message, and nobody has had to wait in it.
         Returns the reason code of its acknowledgement (0 is success); None sends none at all,
         for fault injection.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
@@ -12,7 +12,7 @@ from .packets import NO_PROPERTIES, Publish
 from .retained import RetainedMessages
 from .session import Session
 from .store import Store
-from .subscriptions import Entry, SubscriptionTree
+from .subscriptions import Entry, Receiver, SubscriptionTree, receiver
 from .topics import split_shared
 
 
@@ -38,16 +38,13 @@ class Router:
             kept = self.retained.keep(publish, asyncio.get_running_loop().time())
             if self.store is not None:
                 self.store.retain(publish.topic, kept)
-        plain, groups = self.tree.match(publish.topic)
-        by_session: dict[str, list[Entry]] = {}
-        for entry in plain:
-            if not (entry.subscription.no_local and entry.session is origin):
-                by_session.setdefault(entry.session.client_id, []).append(entry)
-        for entries in by_session.values():
-            self._deliver(publish, entries)
-        for members in groups:
-            self._deliver(publish, [self._next_member(members)])
-        return len(by_session) + len(groups)
+        found = self.tree.match(publish.topic)
+        receivers = found.others(origin) if found.no_local else found.receivers
+        for one in receivers:
+            self._deliver(publish, one)
+        for members in found.groups:
+            self._deliver(publish, receiver([self._next_member(members)]))
+        return len(receivers) + len(found.groups)
 
     def _next_member(self, members: Mapping[str, Entry]) -> Entry:
         """Round robin, connected members first [MQTT-4.8.2]."""
@@ -56,28 +53,31 @@ class Router:
         candidates = awake or list(members.values())
         return candidates[self._turn % len(candidates)]
 
-    def _deliver(self, publish: Publish, entries: Sequence[Entry], retained: bool = False) -> None:
-        """One copy for all matching subscriptions of a session, with their highest QoS."""
-        session = entries[0].session
-        qos = min(publish.qos, max(entry.subscription.qos for entry in entries))
-        as_published = any(entry.subscription.retain_as_published for entry in entries)
-        identifiers = tuple(e.identifier for e in entries if e.identifier is not None)
+    def _deliver(self, publish: Publish, to: Receiver, retained: bool = False) -> None:
+        session = to.session
+        qos = min(publish.qos, to.qos)
+        retain = retained or (publish.retain and to.as_published)
         properties = publish.properties
-        if identifiers or properties is not NO_PROPERTIES:
-            properties = replace(properties, subscription_identifiers=identifiers)
-        retain = retained or (publish.retain and as_published)
-        copy = Publish(publish.topic, publish.payload, qos, retain, False, 0, properties)
+        if to.identifiers or properties is not NO_PROPERTIES:
+            properties = replace(properties, subscription_identifiers=to.identifiers)
+        if (
+            qos != publish.qos
+            or retain != publish.retain
+            or publish.dup
+            or properties is not publish.properties
+        ):
+            publish = Publish(publish.topic, publish.payload, qos, retain, False, 0, properties)
         connection = self._live.get(session.client_id)
         # A connection that ended and was not cleared away yet takes nothing any more.
         if connection is not None and connection.session is session and connection.is_open:
             # A new subscriber gets all that is kept, however much more than may queue up.
-            connection.publish(copy, limited=not retained)
+            connection.deliver(publish, limited=not retained)
         elif qos:
-            session.enqueue(copy, asyncio.get_running_loop().time())
+            session.enqueue(publish, asyncio.get_running_loop().time())
 
     def send_retained(self, entry: Entry) -> None:
         share, topic_filter = split_shared(entry.subscription.topic_filter)
         if share:
             return
         for publish in self.retained.matching(topic_filter, asyncio.get_running_loop().time()):
-            self._deliver(publish, [entry], retained=True)
+            self._deliver(publish, receiver([entry]), retained=True)

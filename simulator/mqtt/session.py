@@ -70,9 +70,10 @@ class Journal(Protocol):
 
 @dataclass(slots=True)
 class _Outgoing:
-    publish: Publish
-    expires_at: float
-    done: Done | None
+    publish: Publish  # its packet_id says nothing: the identifier is the key in `_in_flight`
+    size: int
+    expires_at: float = NEVER
+    done: Done | None = None
     key: int = 0  # the journal's
     counted: bool = False  # occupies a place in the client's receive maximum
     received: bool = False  # the client answered PUBREC; only PUBREL may follow
@@ -121,6 +122,11 @@ class Session:
         return len(self._queue) + len(self._qos0) + len(self._in_flight)
 
     @property
+    def has_queue(self) -> bool:
+        """Whether `next_packet` may have something to write."""
+        return bool(self._queue or self._again or self._qos0)
+
+    @property
     def waits_to_write(self) -> bool:
         """Whether QoS 0 messages wait for the socket, so that a new one must wait behind them."""
         return bool(self._qos0)
@@ -145,16 +151,43 @@ class Session:
         expires_at = NEVER if expiry is None else now + expiry
         self._bytes_left -= size
         self._earliest_expiry = min(self._earliest_expiry, expires_at)
-        outgoing = _Outgoing(publish, expires_at, done)
+        outgoing = _Outgoing(publish, size, expires_at, done)
         if self._journal is not None and publish.qos:
             outgoing.key = self._journal.queued(self.client_id, publish, expires_at)
         queue.append(outgoing)
         return True
 
+    def pass_on(self, publish: Publish, receive_maximum: int, done: Done | None = None) -> int:
+        """The packet identifier under which a QoS 1 or 2 message may be written at once.
+
+        What `enqueue` and then `next_packet` would do when nothing waits, the window is open and
+        nothing about the message is to be written down or ages: nearly always. 0 otherwise.
+        """
+        if (
+            self._counted >= receive_maximum
+            or self._queue
+            or self._qos0
+            or self._again
+            or self._journal is not None
+            or len(self._in_flight) >= 65_535
+        ):
+            return 0
+        properties = publish.properties
+        if properties is not NO_PROPERTIES and properties.message_expiry_interval is not None:
+            return 0
+        size = _size(publish)
+        if size > self._bytes_left or self._queue_limit < 1:
+            return 0
+        identifier = self._free_id()
+        self._bytes_left -= size
+        self._counted += 1
+        self._in_flight[identifier] = _Outgoing(publish, size, NEVER, done, 0, True)
+        return identifier
+
     def restore(self, publish: Publish, expires_at: float, key: int, received: bool) -> None:
         """Take a message from the journal; those that were sent (with packet_id) come first."""
-        outgoing = _Outgoing(publish, expires_at, None, key, received=received)
-        self._bytes_left -= _size(publish)
+        outgoing = _Outgoing(publish, _size(publish), expires_at, None, key, received=received)
+        self._bytes_left -= outgoing.size
         if publish.packet_id:
             self._in_flight[publish.packet_id] = outgoing
             self._last_id = publish.packet_id
@@ -190,7 +223,8 @@ class Session:
     def next_packet(self, now: float, receive_maximum: int) -> Publish | PubRel | None:
         """The next packet to write, None when nothing is left or the window is full."""
         while self._again:
-            outgoing = self._in_flight.get(self._again[0])
+            identifier = self._again[0]
+            outgoing = self._in_flight.get(identifier)
             if outgoing is None:
                 self._again.popleft()
             elif outgoing.received:
@@ -200,7 +234,7 @@ class Session:
             else:
                 self._again.popleft()
                 self._count(outgoing)
-                return _ageing(replace(outgoing.publish, dup=True), outgoing.expires_at, now)
+                return _numbered(outgoing, identifier, True, now)
         if (outgoing := self._head(self._qos0, now)) is not None:
             self._qos0.popleft()
             self._free(outgoing)
@@ -211,22 +245,12 @@ class Session:
         if (outgoing := self._head(self._queue, now)) is None:
             return None
         self._queue.popleft()
-        waiting = outgoing.publish
-        # Not `replace`: this is done for every message, and it is several times slower.
-        outgoing.publish = Publish(
-            waiting.topic,
-            waiting.payload,
-            waiting.qos,
-            waiting.retain,
-            False,
-            self._free_id(),
-            waiting.properties,
-        )
-        self._in_flight[outgoing.publish.packet_id] = outgoing
+        identifier = self._free_id()
+        self._in_flight[identifier] = outgoing
         if self._journal is not None:
-            self._journal.sent(outgoing.key, outgoing.publish.packet_id)
+            self._journal.sent(outgoing.key, identifier)
         self._count(outgoing)
-        return _ageing(outgoing.publish, outgoing.expires_at, now)
+        return _numbered(outgoing, identifier, False, now)
 
     def _head(self, queue: deque[_Outgoing], now: float) -> _Outgoing | None:
         while queue and queue[0].expires_at <= now:
@@ -246,7 +270,8 @@ class Session:
     def acknowledge(self, packet: PubAck | PubRec | PubComp) -> PubRel | None:
         """Take the client's answer; PUBREC is answered in turn, also an unknown one."""
         outgoing = self._in_flight.get(packet.packet_id)
-        if isinstance(packet, PubRec):
+        kind = type(packet)
+        if kind is PubRec:
             if outgoing is None or outgoing.publish.qos != 2:
                 return PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
             if packet.reason_code < 0x80:
@@ -254,7 +279,7 @@ class Session:
                 if self._journal is not None:
                     self._journal.released(outgoing.key)
                 return PubRel(packet.packet_id)
-        elif outgoing is None or (outgoing.publish.qos == 2) != isinstance(packet, PubComp):
+        elif outgoing is None or (outgoing.publish.qos == 2) != (kind is PubComp):
             return None
         self._finish(packet.packet_id, packet.reason_code)
         return None
@@ -312,7 +337,7 @@ class Session:
     def _free(self, outgoing: _Outgoing) -> None:
         if self._journal is not None and outgoing.publish.qos:
             self._journal.finished(outgoing.key)
-        self._bytes_left += _size(outgoing.publish)
+        self._bytes_left += outgoing.size
 
     def _free_id(self) -> int:
         while True:
@@ -332,6 +357,21 @@ def _size(publish: Publish) -> int:
         texts = (properties.content_type, properties.response_topic, properties.correlation_data)
         size += pairs + sum(len(text) for text in texts if text)
     return size
+
+
+def _numbered(outgoing: _Outgoing, identifier: int, dup: bool, now: float) -> Publish:
+    waiting = outgoing.publish
+    # Not `replace`, which takes several times as long.
+    publish = Publish(
+        waiting.topic,
+        waiting.payload,
+        waiting.qos,
+        waiting.retain,
+        dup,
+        identifier,
+        waiting.properties,
+    )
+    return _ageing(publish, outgoing.expires_at, now)
 
 
 def _ageing(publish: Publish, expires_at: float, now: float) -> Publish:

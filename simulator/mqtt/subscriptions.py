@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .packets import Subscription
@@ -22,6 +22,56 @@ class Entry:
     identifier: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """What one session gets: one copy for all its matching subscriptions, of their highest QoS."""
+
+    session: Session
+    qos: int
+    as_published: bool
+    identifiers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The subscriptions that match a topic. A client with overlapping filters has one entry each.
+
+    `groups`: for every shared subscription its members by client id; none is empty.
+    """
+
+    entries: tuple[Entry, ...]
+    groups: tuple[dict[str, Entry], ...]
+    receivers: tuple[Receiver, ...]
+    no_local: bool
+    """Whether a session may have to be spared its own messages: then `others` tells."""
+
+    def others(self, origin: Session | None) -> tuple[Receiver, ...]:
+        """Who gets what `origin` publishes."""
+        wanted = (
+            one
+            for one in self.entries
+            if not one.subscription.no_local or one.session is not origin
+        )
+        return _receivers(wanted)
+
+
+def _receivers(entries: Iterable[Entry]) -> tuple[Receiver, ...]:
+    by_client: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_client.setdefault(entry.session.client_id, []).append(entry)
+    return tuple(map(receiver, by_client.values()))
+
+
+def receiver(entries: Sequence[Entry]) -> Receiver:
+    """`entries`: of one session, at least one."""
+    return Receiver(
+        entries[0].session,
+        max(entry.subscription.qos for entry in entries),
+        any(entry.subscription.retain_as_published for entry in entries),
+        tuple(entry.identifier for entry in entries if entry.identifier is not None),
+    )
+
+
 @dataclass(slots=True)
 class _Node:
     children: dict[str, _Node] = field(default_factory=dict)
@@ -38,7 +88,7 @@ class SubscriptionTree:
 
     def __init__(self) -> None:
         self._root = _Node()
-        self._found: dict[str, tuple[list[Entry], list[dict[str, Entry]]]] = {}
+        self._found: dict[str, Match] = {}
 
     def add(self, entry: Entry) -> bool:
         """Add or replace; whether it is new for this client [MQTT-3.8.4-3]."""
@@ -74,24 +124,22 @@ class SubscriptionTree:
             del path[depth - 1].children[levels[depth - 1]]
         return found
 
-    def match(self, topic: str) -> tuple[list[Entry], list[dict[str, Entry]]]:
-        """(ordinary entries, one non-empty dict of members by client id per shared subscription).
-
-        A client with overlapping filters appears once for each.
-        """
+    def match(self, topic: str) -> Match:
         # Devices publish to the same few topics again and again.
         if (found := self._found.get(topic)) is not None:
             return found
-        plain: list[Entry] = []
+        entries: list[Entry] = []
         groups: list[dict[str, Entry]] = []
         for node in self._nodes(topic):
-            plain.extend(node.entries.values())
+            entries.extend(node.entries.values())
             groups.extend(node.shared.values())
+        no_local = any(entry.subscription.no_local for entry in entries)
+        found = Match(tuple(entries), tuple(groups), _receivers(entries), no_local)
         if len(topic) <= _REMEMBERED_LENGTH:
             if len(self._found) >= _REMEMBERED:
                 self._found.clear()
-            self._found[topic] = plain, groups
-        return plain, groups
+            self._found[topic] = found
+        return found
 
     def _nodes(self, topic: str) -> Iterator[_Node]:
         levels = topic.split("/")

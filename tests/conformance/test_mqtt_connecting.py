@@ -551,7 +551,7 @@ async def test_a_failure_inside_ends_the_connection(version: int) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
     async with running() as site:
 
-        async def broken(*_: object) -> None:
+        def broken(*_: object) -> None:
             raise RuntimeError("out of order")
 
         peer, other = await site.connect("a", version), await site.connect("b", version)

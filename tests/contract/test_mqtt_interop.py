@@ -406,11 +406,11 @@ async def test_calls_without_end_are_not_kept_without_end() -> None:
     class Deaf(Broker):
         answers = 0
 
-        async def on_publish(self, connection: Any, publish: Any) -> int | None:
+        def on_publish(self, connection: Any, publish: Any) -> int | None:
             if "/resp/" in publish.topic:
                 Deaf.answers += 1
                 return None  # never acknowledged
-            return await super().on_publish(connection, publish)
+            return super().on_publish(connection, publish)
 
     broker = Deaf(limits=Limits(receive_maximum=1000))
     await broker.start()
@@ -608,10 +608,10 @@ async def test_a_missing_acknowledgement_ends_the_connection() -> None:
     class Deaf(Broker):
         deaf = True
 
-        async def on_publish(self, connection: Any, publish: Any) -> int | None:
+        def on_publish(self, connection: Any, publish: Any) -> int | None:
             if publish.topic.endswith("/telemetry") and self.deaf:
                 return None
-            return await super().on_publish(connection, publish)
+            return super().on_publish(connection, publish)
 
     broker = Deaf()
     await broker.start()

@@ -89,8 +89,13 @@ class Client:
         return packets
 
     async def close(self) -> None:
-        self.writer.close()
+        """Without DISCONNECT; the broker knows when this returns."""
         try:
+            if self.writer.can_write_eof():
+                self.writer.write_eof()
+            while await asyncio.wait_for(self.reader.read(65_536), 10):
+                pass
+            self.writer.close()
             await self.writer.wait_closed()
         except ConnectionError:
             pass

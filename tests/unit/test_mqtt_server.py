@@ -514,10 +514,10 @@ async def test_session_of_zero_cannot_be_prolonged_at_the_end() -> None:
 
 async def test_a_failing_handler_ends_its_connection_only_and_is_reported() -> None:
     class Failing(Broker):
-        async def on_publish(self, connection: Connection, publish: Publish) -> int | None:
+        def on_publish(self, connection: Connection, publish: Publish) -> int | None:
             if publish.payload == b"bad":
                 raise RuntimeError("broken handler")
-            return await super().on_publish(connection, publish)
+            return super().on_publish(connection, publish)
 
     reported = []
     loop = asyncio.get_running_loop()

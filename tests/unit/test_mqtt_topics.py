@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from gatelet.simulator.mqtt.packets import Subscription
 from gatelet.simulator.mqtt.session import Session
-from gatelet.simulator.mqtt.subscriptions import Entry, SubscriptionTree
+from gatelet.simulator.mqtt.subscriptions import Entry, Match, SubscriptionTree
 from gatelet.simulator.mqtt.topics import filter_problem, matches, split_shared, topic_problem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,12 +70,12 @@ def test_tree_finds_what_matching_each_filter_finds(subscribed, topic) -> None:
     for client_id, topic_filter in subscribed:
         tree.add(Entry(sessions[client_id], Subscription(topic_filter)))
     expected = {(c, f) for c, f in subscribed if matches(f, topic)}
-    found = [(e.session.client_id, e.subscription.topic_filter) for e in tree.match(topic)[0]]
+    found = [(e.session.client_id, e.subscription.topic_filter) for e in tree.match(topic).entries]
     assert sorted(found) == sorted(expected)
     for client_id, topic_filter in set(subscribed):
         assert tree.remove(client_id, topic_filter)
         assert not tree.remove(client_id, topic_filter)
-    assert tree.match(topic) == ([], [])
+    assert tree.match(topic) == Match((), (), (), False)
     assert tree._root.is_empty
 
 
@@ -85,6 +85,6 @@ def test_shared_members_are_grouped() -> None:
     assert tree.add(Entry(one, Subscription("$share/g/a/#")))
     assert tree.add(Entry(two, Subscription("$share/g/a/#")))
     assert not tree.add(Entry(two, Subscription("$share/g/a/#", 1)))
-    plain, groups = tree.match("a/b")
-    assert plain == []
-    assert [sorted(members) for members in groups] == [["one", "two"]]
+    found = tree.match("a/b")
+    assert found.entries == ()
+    assert [sorted(members) for members in found.groups] == [["one", "two"]]
