@@ -72,10 +72,11 @@ class Hardware:
         return cell
 
     def dma_limit(self, name: str) -> int:
-        """Longest transfer of an AXI DMA in bytes: 2 ** c_sg_length_width - 1.
+        """Longest transfer of an AXI DMA in bytes: 2 ** c_sg_length_width - 1, or in micro mode
+        one burst.
 
-        Source: PG021, "Buffer Length Register width". Raises LoadError when there is no such DMA,
-        or one that only does scatter-gather.
+        Source: PG021, "Width of Buffer Length Register" and "Enable Micro DMA". Raises LoadError
+        when there is no such DMA, one that only does scatter-gather, or one of one direction.
         """
         cell = self.cells.get(name)
         if cell is None or cell.kind != "axi_dma":
@@ -83,15 +84,32 @@ class Hardware:
             raise LoadError(f"{self.path}: no AXI DMA named {name}; it has {near}")
         if cell.parameters.get("c_include_sg", "0") == "1":
             raise LoadError(
-                f"{self.path}: {name} is in scatter-gather mode; build it in simple mode"
+                f"{self.path}: {name} is in scatter-gather mode, where it takes no addresses, only "
+                'chains of descriptors; clear "Enable Scatter Gather Engine" and build it again'
             )
+        for channel, direction in (("mm2s", "to"), ("s2mm", "from")):
+            if cell.parameters.get(f"c_include_{channel}", "1") == "0":
+                raise LoadError(
+                    f"{self.path}: {name} has no channel {direction} the network "
+                    f"(c_include_{channel} is 0); build it with both"
+                )
         width = cell.parameters.get("c_sg_length_width", str(DEFAULT_LENGTH_WIDTH))
         if not width.isdecimal() or not 8 <= int(width) <= DEFAULT_LENGTH_WIDTH:
             raise LoadError(
                 f"{self.path}: c_sg_length_width of {name} is {width!r}, "
                 f"expected 8 to {DEFAULT_LENGTH_WIDTH}"
             )
-        return (1 << int(width)) - 1
+        longest = (1 << int(width)) - 1
+        if cell.parameters.get("c_micro_dma", "0") == "1":
+            longest = min(longest, *(self._burst(cell, channel) for channel in ("mm2s", "s2mm")))
+        return longest
+
+    def _burst(self, cell: Cell, channel: str) -> int:
+        bits = cell.parameters.get(f"c_m_axi_{channel}_data_width", "32")
+        beats = cell.parameters.get(f"c_{channel}_burst_size", "16")
+        if not (bits.isdecimal() and beats.isdecimal() and int(bits) >= 8 and int(beats)):
+            raise LoadError(f"{self.path}: {cell.name} has bursts of {beats!r} x {bits!r} bits")
+        return int(bits) // 8 * int(beats)
 
 
 def read_hardware(path: Path) -> Hardware:

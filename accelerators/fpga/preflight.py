@@ -60,8 +60,8 @@ def examine(package: Package, found: Found, device: Device) -> tuple[Check, ...]
         _part(package, found, device),
         _clock(package, found),
         *_partial(package, found),
-        *_cores(package, found),
         _transfer(package, found),
+        *_cores(package, found),
         _memory(package, device),
         _shutdown(found),
         _loaded(package, device),
@@ -164,11 +164,11 @@ def _cores(package: Package, found: Found) -> list[Check]:
     if isinstance(transport, StartedCores):
         names = [core.core for core in transport.cores]
     elif isinstance(transport, RtlStream):
-        names = [transport.core]
+        names = [transport.dma, transport.core]
     elif isinstance(transport, VartRunner):
         return []
     else:
-        names = []
+        names = [transport.dma]
     checks = []
     for name in dict.fromkeys(names):
         try:

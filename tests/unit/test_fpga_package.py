@@ -144,6 +144,31 @@ def test_an_item_longer_than_a_transfer_is_refused(tmp_path: Path) -> None:
         preflight(package, Z2)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('c_include_sg" VALUE="0', 'c_include_sg" VALUE="1', "scatter-gather mode.*Enable Scatter"),
+        ('c_include_s2mm" VALUE="1', 'c_include_s2mm" VALUE="0', "no channel from the network"),
+        ('c_include_mm2s" VALUE="1', 'c_include_mm2s" VALUE="0', "no channel to the network"),
+        ('c_micro_dma" VALUE="0', 'c_micro_dma" VALUE="1', None),
+        ('INSTANCE="axi_dma_0" IS_DATA', 'INSTANCE="nobody" IS_DATA', "no core axi_dma_0 with reg"),
+    ],
+    ids=["scatter-gather", "send only", "receive only", "micro", "no registers"],
+)
+def test_dmas_of_other_kinds_are_told_apart(
+    tmp_path: Path, old: str, new: str, words: str | None
+) -> None:
+    package = read_overlay_json(write(tmp_path))
+    text = package.hwh.read_text()
+    assert old in text
+    package.hwh.write_text(text.replace(old, new))
+    if words is None:
+        assert preflight(package, Z2) == 64, "one burst of 16 words"
+        return
+    with pytest.raises(LoadError, match=words):
+        preflight(package, Z2)
+
+
 def test_a_missing_dma_is_named(tmp_path: Path) -> None:
     edit(write(tmp_path), dma="axi_dma_7")
     with pytest.raises(LoadError, match="no AXI DMA named axi_dma_7; it has axi_dma_0"):
