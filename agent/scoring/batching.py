@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -43,6 +44,28 @@ class BatchConfig:
     priority: int = DEFAULT_PRIORITY
 
 
+class Queued(Protocol):
+    """A request in the queue, as `Waiting` has it."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def items(self) -> int: ...
+    @property
+    def arrived(self) -> float: ...
+    @property
+    def alike(self) -> Hashable: ...
+    @property
+    def deadline(self) -> float | None: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def urgent(self) -> bool: ...
+
+
+Q = TypeVar("Q", bound=Queued)
+
+
 class Waiting(msgspec.Struct, frozen=True, gc=False):
     """A request in the queue.
 
@@ -64,20 +87,20 @@ class Waiting(msgspec.Struct, frozen=True, gc=False):
         return self.priority, self.number
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, Generic[Q], frozen=True):
     """`expired`: answer DEADLINE_EXCEEDED without running. `batch`: run now, together and in this
     order. With neither, look again at `again_at`, or when a request arrives (None)."""
 
-    expired: tuple[Waiting, ...] = ()
-    batch: tuple[Waiting, ...] = ()
+    expired: tuple[Q, ...] = ()
+    batch: tuple[Q, ...] = ()
     again_at: float | None = None
 
 
-class Admission(msgspec.Struct, frozen=True):
+class Admission(msgspec.Struct, Generic[Q], frozen=True):
     """Whether the newcomer may wait, and who makes room for it."""
 
     admitted: bool
-    shed: Waiting | None = None
+    shed: Q | None = None
 
 
 def normalised_priority(priority: int, default: int = DEFAULT_PRIORITY) -> int:
@@ -85,7 +108,7 @@ def normalised_priority(priority: int, default: int = DEFAULT_PRIORITY) -> int:
     return min(priority, LAST_PRIORITY) if priority >= FIRST_PRIORITY else default
 
 
-def admit(queue: Sequence[Waiting], newcomer: Waiting, config: BatchConfig) -> Admission:
+def admit(queue: Sequence[Q], newcomer: Q, config: BatchConfig) -> Admission[Q]:
     """Whether `newcomer` may join `queue`.
 
     Shedding turns away the oldest of the last priority, unless the newcomer itself comes after it.
@@ -102,8 +125,8 @@ def admit(queue: Sequence[Waiting], newcomer: Waiting, config: BatchConfig) -> A
 
 
 def decide(
-    queue: Sequence[Waiting], now: float, config: BatchConfig, run_seconds: float = 0.0
-) -> Decision:
+    queue: Sequence[Q], now: float, config: BatchConfig, run_seconds: float = 0.0
+) -> Decision[Q]:
     """What a free slot does with `queue`, which is sorted by `Waiting.order`.
 
     `run_seconds`: what a run takes, kept free before the earliest deadline.
@@ -121,24 +144,25 @@ def decide(
     return Decision(expired, tuple(_preferred(gathered, config)))
 
 
-def _gather(alive: Sequence[Waiting], max_batch: int) -> list[Waiting]:
+def _gather(alive: Sequence[Q], max_batch: int) -> list[Q]:
     """The first in line and, in order, who fits with it; one that does not fit ends the batch, so
     that nobody is overtaken by a smaller request."""
     first = alive[0]
-    batch, items = [first], first.items
+    alike, items = first.alike, first.items
+    batch = [first]
     for waiting in alive[1:]:
         if items >= max_batch:
             break
-        if waiting.alike != first.alike:
+        if waiting.alike != alike:
             continue
-        if items + waiting.items > max_batch:
+        items += waiting.items
+        if items > max_batch:
             break
         batch.append(waiting)
-        items += waiting.items
     return batch
 
 
-def _ready_at(gathered: Sequence[Waiting], config: BatchConfig, run_seconds: float) -> float:
+def _ready_at(gathered: Sequence[Queued], config: BatchConfig, run_seconds: float) -> float:
     if any(waiting.urgent for waiting in gathered):
         return float("-inf")
     latest = min(waiting.arrived for waiting in gathered) + config.max_delay
@@ -148,7 +172,7 @@ def _ready_at(gathered: Sequence[Waiting], config: BatchConfig, run_seconds: flo
     return latest
 
 
-def _is_full(gathered: Sequence[Waiting], alive: Sequence[Waiting], config: BatchConfig) -> bool:
+def _is_full(gathered: Sequence[Queued], alive: Sequence[Queued], config: BatchConfig) -> bool:
     items = sum(waiting.items for waiting in gathered)
     if items >= config.max_batch or items in config.preferred:
         return True
@@ -157,12 +181,14 @@ def _is_full(gathered: Sequence[Waiting], alive: Sequence[Waiting], config: Batc
     return alike > len(gathered)
 
 
-def _preferred(gathered: list[Waiting], config: BatchConfig) -> list[Waiting]:
+def _preferred(gathered: list[Q], config: BatchConfig) -> list[Q]:
     """Cut down to the largest preferred size that the order allows, else everybody."""
+    if not config.preferred:
+        return gathered
     items = 0
     best = len(gathered)
     for count, waiting in enumerate(gathered, 1):
         items += waiting.items
         if items in config.preferred:
             best = count
-    return gathered[:best] if config.preferred else gathered
+    return gathered[:best]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from ...accelerators.tensors import Array
-from .batching import Waiting
 from .errors import Code, ScoringError
 
 log = logging.getLogger(__name__)
@@ -33,19 +32,28 @@ class Job:
     """A request under way, until `finish` hands its results or its error to whoever waits.
 
     `arrived`: of the runner's clock. `counted`: the runner tells the statistics when it succeeds.
+    The queue has it as `batching.Waiting` and sets what is its own to know; `queued` while it does.
     """
 
     __slots__ = (
         "_done",
+        "alike",
         "arrived",
         "counted",
         "deadline",
         "inputs",
         "items",
+        "number",
         "outputs",
+        "priority",
+        "queued",
         "started",
-        "waiting",
+        "urgent",
     )
+    alike: Hashable
+    number: int
+    priority: int
+    urgent: bool
 
     def __init__(
         self,
@@ -65,7 +73,7 @@ class Job:
         self.arrived = arrived
         self.counted = counted
         self.started = 0.0
-        self.waiting: Waiting | None = None
+        self.queued = False
         self._done: Done | None = done
 
     def finish(self, value: Results | ScoringError) -> None:

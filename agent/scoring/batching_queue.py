@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Hashable, Sequence
 
-from .batching import BatchConfig, Waiting, admit, normalised_priority
+from .batching import BatchConfig, admit, normalised_priority
 from .batching_job import Job
 
 
@@ -16,11 +16,10 @@ class QueueFull(Exception):
 class Queue:
     """`waiting` is sorted by `Waiting.order`, as `batching.decide` wants it."""
 
-    __slots__ = ("_arrivals", "_jobs", "waiting")
+    __slots__ = ("_arrivals", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: list[Waiting] = []
-        self._jobs: dict[int, Job] = {}
+        self.waiting: list[Job] = []
         self._arrivals = 0
 
     def put(
@@ -28,48 +27,48 @@ class Queue:
     ) -> Job | None:
         """Who is turned away to make room for `job`. Raises QueueFull."""
         queue = self.waiting
-        number = self._arrivals = self._arrivals + 1
-        rank = normalised_priority(priority, config.priority)
-        waiting = Waiting(number, job.items, job.arrived, alike, job.deadline, rank, urgent)
+        job.number = self._arrivals = self._arrivals + 1
+        job.alike = alike
+        job.urgent = urgent
+        job.priority = normalised_priority(priority, config.priority)
         shed = None
         if len(queue) >= config.max_queue:
-            admission = admit(queue, waiting, config)
+            admission = admit(queue, job, config)
             if not admission.admitted:
                 raise QueueFull
-            if admission.shed is not None:
-                queue.remove(admission.shed)
-                shed = self._jobs.pop(admission.shed.number)
-        job.waiting = waiting
-        self._jobs[number] = job
-        if not queue or queue[-1].priority <= rank:
-            queue.append(waiting)
+            shed = admission.shed
+            if shed is not None:
+                self.withdraw(shed)
+        job.queued = True
+        if not queue or queue[-1].priority <= job.priority:
+            queue.append(job)
         else:
-            insort(queue, waiting, key=_order)
+            insort(queue, job, key=_order)
         return shed
 
-    def take(self, chosen: Sequence[Waiting]) -> tuple[Job, ...]:
+    def take(self, chosen: Sequence[Job]) -> Sequence[Job]:
         """Those leave the queue."""
         if not chosen:
             return ()
-        jobs = self._jobs
+        for job in chosen:
+            job.queued = False
         if len(chosen) == len(self.waiting):
             self.waiting = []
         else:
-            numbers = {waiting.number for waiting in chosen}
-            self.waiting = [one for one in self.waiting if one.number not in numbers]
-        return tuple([jobs.pop(waiting.number) for waiting in chosen])
+            self.waiting = [job for job in self.waiting if job.queued]
+        return chosen
 
     def withdraw(self, job: Job) -> bool:
         """Whether it was still waiting."""
-        waiting = job.waiting
-        if waiting is None or self._jobs.pop(waiting.number, None) is None:
+        if not job.queued:
             return False
-        self.waiting.remove(waiting)
+        job.queued = False
+        self.waiting.remove(job)
         return True
 
-    def clear(self) -> tuple[Job, ...]:
+    def clear(self) -> Sequence[Job]:
         return self.take(tuple(self.waiting))
 
 
-def _order(waiting: Waiting) -> tuple[int, int]:
-    return waiting.order
+def _order(job: Job) -> tuple[int, int]:
+    return job.priority, job.number

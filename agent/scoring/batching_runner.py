@@ -268,7 +268,7 @@ class BatchRunner:
                 finally:
                     self._leave()
 
-    def _next(self) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+    def _next(self) -> tuple[Sequence[Job], Sequence[Job]]:
         """The next jobs of a runner, who waits for them; none when it is to end."""
         while not self._closed:
             timeout, queue = _IDLE_SECONDS, self._queue
@@ -288,7 +288,7 @@ class BatchRunner:
                 break
         return (), ()
 
-    def _execute(self, jobs: tuple[Job, ...]) -> None:
+    def _execute(self, jobs: Sequence[Job]) -> None:
         """Run the jobs together and finish each. Never raises."""
         started = self._now()
         for job in jobs:
@@ -330,7 +330,7 @@ class BatchRunner:
         if number:
             self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), items, number)
 
-    def _together(self, jobs: tuple[Job, ...]) -> None:
+    def _together(self, jobs: Sequence[Job]) -> None:
         before = time.perf_counter_ns()
         stacked = stack(jobs)
         running = time.perf_counter_ns()
@@ -365,7 +365,7 @@ class BatchRunner:
         for job, answer in zip(jobs, answers, strict=True):
             job.finish(answer)
 
-    def _one_by_one(self, jobs: tuple[Job, ...]) -> None:
+    def _one_by_one(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             if job.deadline is not None and job.deadline <= self._now():
                 job.finish(too_late(self._name, waited=True))

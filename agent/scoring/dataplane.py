@@ -229,7 +229,7 @@ class DataPlane:
         results: dict[str, Array],
     ) -> InferenceResponse:
         datatypes = target.instance.output_datatypes
-        tensors = tuple(Tensor(name, datatypes[name], results[name]) for name in outputs)
+        tensors = tuple([Tensor(name, datatypes[name], results[name]) for name in outputs])
         if request.classes:
             batched = has_batch_axis(target.instance.inputs, target.instance.outputs)
             tensors = tuple(

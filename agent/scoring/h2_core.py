@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from . import h2_frames as h2
-from .h2_frames import ConnectionRefused, ErrorCode, NotHttp2
+from .h2_frames import (
+    DATA,
+    END_STREAM,
+    HEADERS,
+    LARGEST_WINDOW,
+    PADDED,
+    ConnectionRefused,
+    ErrorCode,
+    NotHttp2,
+    unpack_head,
+)
 from .h2_headers import HeaderReader
 from .h2_sending import Sending, SendingSink, Stream
 
@@ -19,6 +29,8 @@ H_contra = TypeVar("H_contra", contravariant=True)
 _BUDGET = 1000.0
 _BUDGET_PER_SECOND = 200.0
 _MOST_CONTINUATIONS = 16
+_LARGEST = h2.MAX_FRAME << 8 | 255
+_WHOLE_HEADERS = h2.END_HEADERS | h2.END_STREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,8 @@ class Core(Sending, Generic[H]):
         self._at = 0.0
         self._now = 0.0
         self._opened = False
+        # Whether frames may come in any order: settled, and no block of headers is open.
+        self._ready = False
 
     def receive(self, data: bytes, now: float) -> None:
         """Raises ConnectionRefused and NotHttp2; nothing more may be received then."""
@@ -89,17 +103,24 @@ class Core(Sending, Generic[H]):
             self.greeted = True
             position = len(h2.PREFACE)
         size, began = len(data), position
-        unpack = h2.unpack_head
-        while size - position >= 9 and not self.closed:
-            first, flags, number = unpack(data, position)
+        while size - position >= 9:
+            first, flags, number = unpack_head(data, position)
+            if first > _LARGEST:
+                raise _size("a frame is too large")
             start = position + 9
             end = start + (first >> 8)
-            if end - start > h2.MAX_FRAME:
-                raise ConnectionRefused(ErrorCode.FRAME_SIZE_ERROR, "a frame is too large")
-            if end > size:
+            if end > size or self.closed:
                 break
             position = end
-            self._frame(first & 255, flags, number & h2.LARGEST_WINDOW, data, start, end)
+            kind, number = first & 255, number & LARGEST_WINDOW
+            if not self._ready:
+                self._frame(kind, flags, number, data, start, end)
+            elif kind == DATA:
+                self._data(flags, number, data, start, end)
+            elif kind == HEADERS and flags | END_STREAM == _WHOLE_HEADERS and number & 1:
+                self._whole_block(number, flags, data[start:end])
+            else:
+                self._frame(kind, flags, number, data, start, end)
         self._rest = data[position:]
         if self._opened:
             # Once for all windows that were opened together.
@@ -169,23 +190,21 @@ class Core(Sending, Generic[H]):
         self._budget = min(self._budget, _BUDGET) - cost
         self._at = self._now
         if self._budget < 0:
-            raise ConnectionRefused(
-                ErrorCode.ENHANCE_YOUR_CALM, "too many frames that ask for nothing"
-            )
+            text = "too many frames that ask for nothing"
+            raise ConnectionRefused(ErrorCode.ENHANCE_YOUR_CALM, text)
 
     def _data(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
         length = end - start
         self._window -= length
         if self._window < 0:
-            raise ConnectionRefused(ErrorCode.FLOW_CONTROL_ERROR, "more than the window allows")
+            raise _flow("more than the window allows")
         self._unread += length
         if self._unread > self._limits.connection_window // 2:
             self._window += self._unread
             self.out.append(h2.window_update(0, self._unread))
             self._unread = 0
-        if flags & h2.PADDED:
+        if flags & PADDED:
             start, end = _unpadded(data, start, end)
-        ended = bool(flags & h2.END_STREAM)
         stream = self.streams.get(number)
         if stream is None:
             if number > self._seen or not number & 1:
@@ -193,21 +212,22 @@ class Core(Sending, Generic[H]):
             # What was on its way when the stream ended; nobody has that much on its way for long.
             self.charge()
             return
-        if stream.remote_ended:
-            self.charge()
-            self.reset(stream, ErrorCode.STREAM_CLOSED, told=True)
-            return
         stream.receive_window -= length
-        if stream.receive_window < 0:
+        if stream.remote_ended or stream.receive_window < 0:
+            ended = stream.remote_ended
             self.charge()
-            self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR, told=True)
+            code = ErrorCode.STREAM_CLOSED if ended else ErrorCode.FLOW_CONTROL_ERROR
+            self.reset(stream, code, told=True)
             return
-        stream.remote_ended = ended
-        if start == end and not ended:
+        if flags & END_STREAM:
+            stream.remote_ended = True
+            self._sink.on_data(stream, data[start:end], True)
+            return
+        if start == end:
             self.charge()
         # Padding is never read by anyone.
         stream.unread += length - (end - start)
-        self._sink.on_data(stream, data[start:end], ended)
+        self._sink.on_data(stream, data[start:end], False)
 
     def consumed(self, stream: Stream, size: int) -> None:
         """`size` bytes of the stream's data make room for others."""
@@ -220,7 +240,7 @@ class Core(Sending, Generic[H]):
     def _start_block(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
         if not number & 1:
             raise _broken("clients open streams with odd numbers")
-        if flags & h2.PADDED:
+        if flags & PADDED:
             start, end = _unpadded(data, start, end)
         if flags & h2.PRIORITISED:
             if start + 5 > end:
@@ -232,6 +252,7 @@ class Core(Sending, Generic[H]):
         else:
             self._continuations = 0
             self._block = (number, flags, bytearray(data[start:end]))
+            self._ready = False
 
     def _continue_block(self, flags: int, number: int, payload: bytes) -> None:
         if self._block is None or self._block[0] != number:
@@ -243,6 +264,7 @@ class Core(Sending, Generic[H]):
             raise ConnectionRefused(ErrorCode.ENHANCE_YOUR_CALM, "the headers are too large")
         if flags & h2.END_HEADERS:
             self._block = None
+            self._ready = True
             self._whole_block(number, first, bytes(block))
 
     def _whole_block(self, number: int, flags: int, block: bytes) -> None:
@@ -304,12 +326,12 @@ class Core(Sending, Generic[H]):
             raise _broken("SETTINGS belong to no stream")
         if len(payload) % 6:
             raise _size()
-        self.settled = True
+        self.settled = self._ready = True
         window = self._initial_send
         for key, value in h2.SETTING.iter_unpack(payload):
             if key == h2.INITIAL_WINDOW_SIZE:
                 if value > h2.LARGEST_WINDOW:
-                    raise ConnectionRefused(ErrorCode.FLOW_CONTROL_ERROR, "a window is too large")
+                    raise _flow("a window is too large")
                 window = value
             elif key == h2.MAX_FRAME_SIZE:
                 if not h2.MAX_FRAME <= value < 2**24:
@@ -323,7 +345,7 @@ class Core(Sending, Generic[H]):
             for stream in self.streams.values():
                 stream.send_window += change
                 if stream.send_window > h2.LARGEST_WINDOW:
-                    raise _overflow()
+                    raise _flow("a window is opened too far")
         self.out.append(h2.frame(h2.SETTINGS, h2.ACK, 0))
         self._opened = True
 
@@ -336,7 +358,7 @@ class Core(Sending, Generic[H]):
                 raise _broken("a window is opened by nothing")
             self._send_window += increment
             if self._send_window > h2.LARGEST_WINDOW:
-                raise _overflow()
+                raise _flow("a window is opened too far")
             self._opened = True
             return
         stream = self.streams.get(number)
@@ -371,9 +393,9 @@ def _broken(text: str) -> ConnectionRefused:
     return ConnectionRefused(ErrorCode.PROTOCOL_ERROR, text)
 
 
-def _size() -> ConnectionRefused:
-    return ConnectionRefused(ErrorCode.FRAME_SIZE_ERROR, "a frame has the wrong size")
+def _size(text: str = "a frame has the wrong size") -> ConnectionRefused:
+    return ConnectionRefused(ErrorCode.FRAME_SIZE_ERROR, text)
 
 
-def _overflow() -> ConnectionRefused:
-    return ConnectionRefused(ErrorCode.FLOW_CONTROL_ERROR, "a window is opened too far")
+def _flow(text: str) -> ConnectionRefused:
+    return ConnectionRefused(ErrorCode.FLOW_CONTROL_ERROR, text)

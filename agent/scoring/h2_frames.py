@@ -28,6 +28,7 @@ MAX_HEADER_LIST_SIZE = 0x6
 _HEAD = struct.Struct(">IBI")
 SETTING = struct.Struct(">HI")
 NUMBER = struct.Struct(">I")
+pack_head = _HEAD.pack
 unpack_head = _HEAD.unpack_from
 """(length << 8 | type, flags, stream with its reserved bit) of a frame's first nine bytes."""
 

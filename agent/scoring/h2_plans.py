@@ -17,6 +17,8 @@ from .types import InferenceRequest, InferenceResponse, Tensor
 _MOST_PLANS = 128
 _MOST_TENSORS = 8
 _LONGEST_FIXED = 4096
+_NAMED = 32
+_PATIENCE = 16
 _RAW_INPUT = b"\x3a"
 _RAW_OUTPUT = b"\x32"
 # Every pattern of bits is a value of these, and their raw form is numpy's.
@@ -37,16 +39,18 @@ class Plan:
 
 
 class RequestPlans:
-    """By length of the message: the one seen last of each."""
+    """By length of the message and how it begins, which is the model's name: the one seen first of
+    each, until others have come in its place for a while."""
 
     def __init__(self) -> None:
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, bytes], Plan] = {}
+        self._others = 0
 
     def read(
         self, message: bytes, deadline: float | None, headers: dict[str, str]
     ) -> InferenceRequest | None:
         """None: no such request was planned."""
-        plan = self._plans.get(len(message))
+        plan = self._plans.get((len(message), message[:_NAMED]))
         if plan is None:
             return None
         for fixed, at in plan.fixed:
@@ -55,9 +59,11 @@ class RequestPlans:
         return InferenceRequest(
             plan.model,
             tuple(
-                # A copy, since the contents may lie where no such number may.
-                Tensor(name, datatype, np.frombuffer(message[at:end], dtype).reshape(shape))
-                for name, datatype, dtype, shape, at, end in plan.tensors
+                [
+                    # A copy, since the contents may lie where no such number may.
+                    Tensor(name, datatype, np.frombuffer(message[at:end], dtype).reshape(shape))
+                    for name, datatype, dtype, shape, at, end in plan.tensors
+                ]
             ),
             plan.version,
             "",
@@ -70,11 +76,17 @@ class RequestPlans:
 
     def learn(self, message: bytes, parsed: oip.ModelInferRequest) -> None:
         """From a request that was decoded without an error."""
+        key = (len(message), message[:_NAMED])
+        if key in self._plans:
+            # Learning costs as much as reading: not for requests that take turns.
+            self._others += 1
+            if self._others % _PATIENCE:
+                return
         plan = plan_of(message, parsed)
         if plan is not None:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[len(message)] = plan
+            self._plans[key] = plan
 
 
 def plan_of(message: bytes, parsed: oip.ModelInferRequest) -> Plan | None:

@@ -13,7 +13,8 @@ from .h2_frames import ErrorCode
 _AT_ONCE = 1024 * 1024
 _TURN = 64 * 1024
 _BUDGET_PER_ANSWER = 2.0
-_UPDATE = h2.NUMBER.pack
+_HEAD = h2.pack_head
+_LAST = h2.END_HEADERS | h2.END_STREAM
 _GOODBYE = b"goodbye!"
 
 
@@ -85,22 +86,15 @@ class Sending:
             and stream.queue is None
             and number in self.streams
         ):
-            name = _UPDATE(number)
             self._send_window -= size
             self.out.append(
                 b"".join(
                     (
-                        _UPDATE(len(head) << 8 | h2.HEADERS),
-                        b"\x04",
-                        name,
+                        _HEAD(len(head) << 8 | h2.HEADERS, h2.END_HEADERS, number),
                         head,
-                        _UPDATE(size << 8),
-                        b"\0",
-                        name,
+                        _HEAD(size << 8, 0, number),
                         data,
-                        _UPDATE(len(trailers) << 8 | h2.HEADERS),
-                        b"\x05",
-                        name,
+                        _HEAD(len(trailers) << 8 | h2.HEADERS, _LAST, number),
                         trailers,
                     )
                 )

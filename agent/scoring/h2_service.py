@@ -43,6 +43,9 @@ _LARGE = 128 * 1024
 class Host(Protocol):
     """What the service needs of its server."""
 
+    def here(self) -> bool:
+        """Whether this is the loop's thread."""
+
     def soon(self, work: Callable[[], None]) -> None: ...
     def post(self, work: Callable[[], None]) -> None: ...
     def reserve(self, size: int) -> bool: ...
@@ -121,12 +124,17 @@ class GrpcCalls:
             self._pool.submit(self._decode, call, message, True)
             return
         plain = bytes(message)
-        headers = call.head.headers
-        request = self._requests.read(plain, call.deadline, headers)
-        if request is not None:
-            self._guarded(call, request.model, "", lambda: self._submit(call, request, None))
-        else:
+        request = self._requests.read(plain, call.deadline, call.head.headers)
+        if request is None:
             self._decode(call, plain, False)
+            return
+        try:
+            self._admit(call, request.model)
+            self._submit(call, request, None)
+        except ScoringError as error:
+            self._refuse(call, request.model, "", error)
+        except Exception:  # noqa: BLE001 - logged there, and the client is told
+            self._defect(call)
 
     def unpack(self, call: Call, message: bytes) -> None:
         self._pool.submit(self._unpack, call, message)
@@ -196,10 +204,13 @@ class GrpcCalls:
             work()
         except ScoringError as error:
             self._refuse(call, model, id, error)
-        except Exception:
-            # The client gets INTERNAL without our internals, the log the whole traceback.
-            log.exception("a scoring request hit a defect of the server")
-            self._fail(call, Failed(INTERNAL, DEFECT))
+        except Exception:  # noqa: BLE001 - logged there, and the client is told
+            self._defect(call)
+
+    def _defect(self, call: Call) -> None:
+        # The client gets INTERNAL without our internals, the log the whole traceback.
+        log.exception("a scoring request hit a defect of the server")
+        self._fail(call, Failed(INTERNAL, DEFECT))
 
     def _admit(self, call: Call, model: str) -> None:
         if not self._access.open_to_all(model):
@@ -215,27 +226,29 @@ class GrpcCalls:
         decoded: Decoded | None,
         beside: bool = False,
     ) -> None:
-        if decoded is None:
-            self._admit(call, request.model)
         submitted = monotonic()
+        plain = decoded is None or (decoded.raw and not decoded.placements)
+        told = self._observer.active or TIMING_HEADER in call.head.headers
 
         def done(answer: InferenceResponse | ScoringError) -> None:
-            self._guarded(call, request.model, request.id, lambda: finish(answer))
-
-        def finish(answer: InferenceResponse | ScoringError) -> None:
-            if isinstance(answer, ScoringError):
-                raise answer
-            if decoded is None or (decoded.raw and not decoded.placements):
-                data = self._answers.write(answer)
-            else:
-                message = encode_response(answer, decoded.raw, decoded.placements, self._memory)
-                data = framed(message.SerializeToString())
-            more = None
-            if TIMING_HEADER in call.head.headers:
-                more = {"server-timing": server_timing(call.started, submitted, monotonic())}
-            if self._observer.active:
-                self._observe(call, request.model, answer.version, request.id, "OK")
-            self._host.post(lambda: call.connection.answer(call, data, more))
+            try:
+                if isinstance(answer, ScoringError):
+                    self._refuse(call, request.model, request.id, answer)
+                    return
+                if plain or decoded is None:
+                    data = self._answers.write(answer)
+                else:
+                    message = encode_response(answer, decoded.raw, decoded.placements, self._memory)
+                    data = framed(message.SerializeToString())
+                more = self._tell(call, request, answer, submitted) if told else None
+                if self._host.here():
+                    call.connection.answer(call, data, more)
+                else:
+                    self._host.post(partial(call.connection.answer, call, data, more))
+            except ScoringError as error:
+                self._refuse(call, request.model, request.id, error)
+            except Exception:  # noqa: BLE001 - logged there, and the client is told
+                self._defect(call)
 
         instance, job = self._plane.submit(request, done, wake=beside)
         if beside:
@@ -245,6 +258,17 @@ class GrpcCalls:
         if not self._waiting:
             self._host.soon(self._serve_waiting)
         self._waiting[instance] = None
+
+    def _tell(
+        self, call: Call, request: InferenceRequest, answer: InferenceResponse, submitted: float
+    ) -> dict[str, str] | None:
+        """Trailers of an answer, besides what observers are told."""
+        more = None
+        if TIMING_HEADER in call.head.headers:
+            more = {"server-timing": server_timing(call.started, submitted, monotonic())}
+        if self._observer.active:
+            self._observe(call, request.model, answer.version, request.id, "OK")
+        return more
 
     def _submitted(self, call: Call, instance: Instance, job: Job) -> None:
         """On the loop, perhaps after the answer."""

@@ -232,9 +232,13 @@ class HttpServer:
             with self._counting:
                 self._buffered -= size
 
+    def here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return threading.get_ident() == self._thread.ident
+
     def post(self, work: Callable[[], None]) -> None:
         """Do `work` on the loop: at once if this is its thread."""
-        if threading.get_ident() == self._thread.ident:
+        if self.here():
             work()
             return
         self._posted.append(work)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from ...accelerators.tensors import TensorSpec, shape_matches
 from .errors import Code, ScoringError
-from .types import InferenceRequest
+from .types import InferenceRequest, Tensor
 
 _WIDENED = ("BF16", "FP32")
 
@@ -23,7 +23,9 @@ def check_request(
     Raises ScoringError INVALID_ARGUMENT when a tensor is missing, unknown, given twice, or of
     another datatype or shape than the model's.
     """
-    _check_inputs(request, inputs, optional)
+    # One input that fits, as nearly always, is known to without more ado.
+    if not _is_the_one(request.inputs, inputs):
+        _check_inputs(request, inputs, optional)
     known = [spec.name for spec in outputs]
     if not request.outputs:
         return tuple(known)
@@ -58,18 +60,20 @@ def check_contents(names: Sequence[str], typed: Sequence[bool], raw: int) -> boo
     return True
 
 
+def _is_the_one(given: Sequence[Tensor], wanted: Sequence[TensorSpec]) -> bool:
+    if len(given) != 1 or len(wanted) != 1:
+        return False
+    tensor, spec = given[0], wanted[0]
+    return (
+        tensor.name == spec.name
+        and tensor.datatype == spec.datatype
+        and shape_matches(spec.shape, tensor.array.shape)
+    )
+
+
 def _check_inputs(
     request: InferenceRequest, inputs: Sequence[TensorSpec], optional: Collection[str]
 ) -> None:
-    if len(request.inputs) == len(inputs) == 1:
-        # As nearly all are; what is wrong with another is told below.
-        given, wanted = request.inputs[0], inputs[0]
-        if (
-            given.name == wanted.name
-            and given.datatype == wanted.datatype
-            and shape_matches(wanted.shape, given.array.shape)
-        ):
-            return
     specs = {spec.name: spec for spec in inputs}
     seen = set()
     for tensor in request.inputs:
