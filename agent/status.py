@@ -198,4 +198,5 @@ def desired_status(
 
 
 def _time(at: datetime | None) -> str | None:
-    return None if at is None else at.isoformat(timespec="seconds")
+    # So fine that who waits for a restart can tell it from the one before.
+    return None if at is None else at.isoformat(timespec="milliseconds")

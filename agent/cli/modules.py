@@ -35,9 +35,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="which one (default: the good one before the present one)",
     )
     rollback.add_argument("--wait", action="store_true", help="wait until it is good or has failed")
-    rollback.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="give up waiting after S seconds"
-    )
     rollback.set_defaults(run=_rollback)
     restart = commands.add_parser(
         "restart",
@@ -46,6 +43,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "that serves, so no request fails.",
     )
     restart.add_argument("module")
+    restart.add_argument("--wait", action="store_true", help="wait until it runs anew")
     restart.set_defaults(run=_restart)
     logs = commands.add_parser(
         "logs",
@@ -72,6 +70,14 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     method.add_argument("name")
     method.add_argument("payload", nargs="?", default="", help="JSON, or - for standard input")
     method.set_defaults(run=_method)
+    for parser in (rollback, restart):
+        parser.add_argument(
+            "--timeout",
+            type=float,
+            default=300.0,
+            metavar="S",
+            help="give up waiting after S seconds",
+        )
     for parser in (rollback, restart, logs, method):
         add_config_option(parser)
         add_json_option(parser)
@@ -100,16 +106,37 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 
 def _restart(arguments: argparse.Namespace) -> int:
-    payload = {"schemaVersion": "1.0", "id": arguments.module}
-    status, answer = _invoke(arguments, "RestartModule", json.dumps(payload).encode())
-    message = "" if answer is None else answer.get("message", "")
+    from .agent_client import AgentClient
+    from .waiting import wait_restarted
+
+    name = arguments.module
+    payload = {"schemaVersion": "1.0", "id": name}
+    with AgentClient(configuration(arguments).agent_socket) as agent:
+        # Read first: only what differs from it came of the restart.
+        modules = agent.status()["modules"] if arguments.wait else []
+        status, answer = agent.invoke("RestartModule", json.dumps(payload).encode(), METHOD_SECONDS)
+        if status != 200:
+            message = "" if answer is None else answer.get("message", "")
+            if not arguments.json:
+                raise CommandError(message)
+            print_json({"status": status, **({"message": message} if message else {})})
+            return 1
+        if not arguments.wait:
+            if arguments.json:
+                print_json({"status": status})
+            else:
+                print(f"{name} is being restarted")
+            return 0
+        unknown = {"name": name, "started": None, "description": ""}
+        before = next((module for module in modules if module["name"] == name), unknown)
+        well, doing = wait_restarted(agent, before, arguments)
     if arguments.json:
-        print_json({"status": status, **({"message": message} if message else {})})
-    elif status != 200:
-        raise CommandError(message)
+        print_json({"status": status, "restarted": well, "description": doing})
+    elif well:
+        print(f"{name} was restarted: {doing}")
     else:
-        print(f"{arguments.module} is being restarted")
-    return 0 if status == 200 else 1
+        raise CommandError(f"{name} was not restarted: {doing}")
+    return 0 if well else 1
 
 
 def _logs(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""Waiting for a deployment: bars for what is pulled on a terminal, a line per change elsewhere."""
+"""Waiting for a deployment or a restart: bars for what is pulled on a terminal, a line per change
+elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def wait(agent: AgentClient, generation: int, arguments: argparse.Namespace) -> 
     CommandError after `arguments.timeout` seconds.
     """
     failed: dict[str, Any] | None = None
-    with _display(generation, quiet=arguments.json) as display:
+    with _display(f"deployment {generation}", quiet=arguments.json) as display:
         for status in agent.watch(arguments.timeout):
             result = outcome(status, generation)
             if result is not None and result["outcome"] != "rollingBack":
@@ -90,8 +91,46 @@ def instead(deployment: Mapping[str, Any]) -> str:
     return words.format(number)
 
 
+def wait_restarted(
+    agent: AgentClient, before: Mapping[str, Any], arguments: argparse.Namespace
+) -> tuple[bool, str]:
+    """Whether the module that was as `before` in the status runs anew, and what it does.
+
+    Raises CommandError after `arguments.timeout` seconds, and when the module is removed.
+    """
+    name, doing = before["name"], before["description"]
+    with _display(f"restart of {name}", quiet=arguments.json) as display:
+        for status in agent.watch(arguments.timeout):
+            found = [module for module in status["modules"] if module["name"] == name]
+            if not found:
+                raise CommandError(f"{name} is no module of the running deployment any more")
+            doing = found[0]["description"]
+            well = restarted(before, found[0])
+            if well is not None:
+                return well, doing
+            display.show({**status, "modules": found})
+    raise CommandError(
+        f"{name} does not run anew after {arguments.timeout:g} s; the agent goes on with it: "
+        f"{doing}"
+    )
+
+
+def restarted(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool | None:
+    """None while the restart of a module is on its way, False when it came to nothing."""
+    anew = now["started"] not in (None, before["started"])
+    status = now["status"]
+    if status in ("failed", "dead"):
+        # It may have been so before, and not be looked at yet.
+        return False if anew or now["description"] != before["description"] else None
+    if not anew:
+        return None
+    if status == "running":
+        return None if now.get("container", {}).get("health") == "starting" else True
+    return True if status == "stopped" else None
+
+
 @contextmanager
-def _display(generation: int, *, quiet: bool) -> Iterator[_Display]:
+def _display(title: str, *, quiet: bool) -> Iterator[_Display]:
     if quiet:
         yield _Silence()
         return
@@ -108,7 +147,7 @@ def _display(generation: int, *, quiet: bool) -> Iterator[_Display]:
         DownloadColumn(binary_units=True),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Bars(progress, f"deployment {generation}")
+        yield _Bars(progress, title)
 
 
 class _Silence:

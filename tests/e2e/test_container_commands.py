@@ -103,9 +103,11 @@ async def test_a_container_is_listed_logged_restarted_and_explained(
             assert follower.stdout is not None
             assert await asyncio.wait_for(follower.stdout.readline(), 20)
             before = (await device.status())["modules"][0]["started"]
-            assert (await gatelet(device, "restart", "talker"))[0] == 0
+            code, out, err = await gatelet(device, "restart", "talker", "--wait")
+            assert (code, out) == (0, "talker was restarted: running\n"), err
             assert await asyncio.wait_for(follower.stdout.readline(), 20) == b"ended\n"
-            status = await device.until(lambda s: s["modules"][0]["started"] != before)
+            status = await device.status()
+            assert status["modules"][0]["started"] != before
             assert status["modules"][0]["restarts"] == 0, "asked for, not counted"
         finally:
             follower.kill()

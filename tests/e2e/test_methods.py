@@ -309,6 +309,12 @@ async def test_method_and_restart_commands(site: Any) -> None:
     assert "not JSON" in err
     code, out, _ = await gatelet(site, "restart", "digits")
     assert (code, out) == (0, "digits is being restarted\n")
+    code, out, err = await gatelet(site, "restart", "digits", "--wait")
+    assert code == 0, err
+    assert out.startswith("digits was restarted: serving digits version ")
+    code, out, _ = await gatelet(site, "restart", "digits", "--wait", "--json")
+    assert code == 0
+    assert json.loads(out)["restarted"] is True
     code, _, err = await gatelet(site, "restart", "nobody")
     assert code == 1
     assert "nobody" in err
