@@ -106,7 +106,7 @@ class WeightFile:
 
     `form` is "words" (hexadecimal words of FINN into the registers of `core`, from offset 0),
     "buffer" (an .npy into memory that `core` reads) or "bnn" (BNN-PYNQ's memory writes; the
-    core's memory is `layer`, its unit `unit`).
+    core's memory is `layer`, its unit `unit`, and `per_line` words of the file share an index).
     """
 
     core: str
@@ -115,6 +115,7 @@ class WeightFile:
     sha256: str
     layer: int = 0
     unit: int = 0
+    per_line: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,9 @@ class Package:
         """Equal for packages that can take each other's place in the fabric, wherever they are."""
         transport: object = self.transport
         if isinstance(transport, StartedCores):
-            files = tuple((w.core, w.form, w.sha256, w.layer, w.unit) for w in transport.weights)
+            files = tuple(
+                (w.core, w.form, w.sha256, w.layer, w.unit, w.per_line) for w in transport.weights
+            )
             transport = (transport.cores, transport.awaited, files)
         elif isinstance(transport, RtlStream):
             transport = (transport.dma, transport.core, transport.program_sha256)

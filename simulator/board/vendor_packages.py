@@ -172,9 +172,17 @@ def _driver(shapes: Mapping[str, Any]) -> str:
 
 
 def write_bnn_pynq_package(
-    directory: Path, model: bytes, part: str, parameters: Mapping[str, bytes]
+    directory: Path,
+    model: bytes,
+    part: str,
+    parameters: Mapping[str, bytes],
+    network: str = "lfcW1A1",
 ) -> Package:
-    """An overlay like BNN-PYNQ's lfcW1A1; `parameters` file name -> content."""
+    """An overlay like BNN-PYNQ's `network`; `parameters` file name -> content.
+
+    `model` takes [n, 784] of -1 and 1 and gives [n, 64] bits, or for the convolutional networks
+    takes [n, 32, 32, 3] and gives [n, 64] of 16 bits.
+    """
     core = LiteCore(
         "BlackBoxJam_0",
         "xilinx.com:hls:BlackBoxJam:1.0",
@@ -191,6 +199,11 @@ def write_bnn_pynq_package(
         "inputs": [{"element": "BIPOLAR", "shape": [784], "inner": 784, "pad": 6}],
         "outputs": [{"element": "BINARY", "shape": [64], "inner": 64}],
     }
+    if network.startswith("cnv"):
+        engine |= {
+            "inputs": [{"element": "FIXED<8,1>", "shape": [32, 32, 3], "inner": 3072}],
+            "outputs": [{"element": "INT16", "shape": [64], "inner": 64}],
+        }
     described = {
         "name": core.name,
         "pointers": [[0x10, "in", 0], [0x1C, "out", 0]],
@@ -198,7 +211,7 @@ def write_bnn_pynq_package(
         "window": True,
     }
     design = StreamDesign("procsys", part, 100.0, dma=None, lite=(core,))
-    path = directory / "lfcW1A1-pynqZ1-Z2.bit"
+    path = directory / f"{network}-pynqZ1-Z2.bit"
     write_bitstream(path, part, Container(engine, (described,), {"model": model}), design)
     for name, content in parameters.items():
         (directory / name).write_bytes(content)

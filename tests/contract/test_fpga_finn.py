@@ -286,6 +286,71 @@ def test_parameters_of_bnn_pynq_are_written_and_bits_come_back(
     np.testing.assert_array_equal(ours, (signs @ weights >= 0).astype(np.uint8))
 
 
+@pytest.mark.parametrize("name", ["cnvW1A1", "cnvW1A2", "cnvW2A2", "lfcW1A2"])
+def test_the_other_networks_of_bnn_pynq(
+    driver: FabricDriver, device: Any, tmp_path: Path, name: str
+) -> None:
+    from onnx import helper
+
+    rng = np.random.default_rng(3)
+    if name.startswith("lfc"):
+        weights = rng.choice([-1, 1], (784, 64))
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["a"]),
+            helper.make_node("GreaterOrEqual", ["a", "z"], ["b"]),
+            helper.make_node("Cast", ["b"], ["y"], to=1),
+        ]
+        model = graph(nodes, {"x": [784]}, {"y": [64]}, {"w": weights, "z": np.zeros(1)})
+        x = rng.integers(-3, 4, (3, 784)).astype(np.int8)
+        expected = (np.where(x >= 0, 1, -1) @ weights >= 0).astype(np.uint8)
+        last, per_line = 3, 2
+    else:
+        # Sums of some pixels, so that they stay within 16 bits; whole as 128ths.
+        weights = np.zeros((3072, 64), np.int64)
+        for column in range(64):
+            weights[rng.choice(3072, 100, replace=False), column] = rng.choice([-1, 1], 100)
+        nodes = [
+            helper.make_node("Flatten", ["x"], ["f"]),
+            helper.make_node("MatMul", ["f", "w"], ["y"]),
+        ]
+        model = graph(nodes, {"x": [32, 32, 3]}, {"y": [64]}, {"w": 128 * weights})
+        x = rng.uniform(-1.1, 1.1, (3, 32, 32, 3)).astype(np.float32)
+        # ap_fixed<8, 1> rounds to the nearest, halves up, and saturates.
+        codes = np.clip(np.floor(x.astype(np.float64) * 128 + 0.5), -128, 127).astype(np.int64)
+        expected = codes.reshape(3, -1) @ weights
+        last, per_line = 8, 2 if name.endswith("A2") else 1
+    words = {
+        "0-0-weights.bin": rng.integers(0, 2**63, 3, np.int64),
+        "1-2-thres.bin": rng.integers(0, 2**63, 4, np.int64),
+        f"{last}-1-thres.bin": rng.integers(0, 2**63, 4, np.int64),
+    }
+    files = {file: values.astype("<u8").tobytes() for file, values in words.items()}
+    package = write_bnn_pynq_package(tmp_path / "p", model, Z2, files, name)
+    driver.load(package)
+    written = device.fabric.registers("BlackBoxJam_0").written
+    wanted = {(0, 0, i, 0): int(v) for i, v in enumerate(words["0-0-weights.bin"])}
+    wanted |= {
+        (3, 2, i // per_line, i % per_line): int(v) for i, v in enumerate(words["1-2-thres.bin"])
+    }
+    if last == 3:
+        # One threshold per line in the last layer; the convolutional networks have none there.
+        wanted |= {(7, 1, i, 0): int(v) for i, v in enumerate(words["3-1-thres.bin"])}
+    assert written == wanted
+    (ours,) = serve(driver, package, [x])
+    np.testing.assert_array_equal(ours.reshape(expected.shape), expected)
+
+
+def test_parameters_of_bnn_pynq_that_do_not_fit_are_refused(
+    driver: FabricDriver, tmp_path: Path
+) -> None:
+    odd = {"1-0-thres.bin": bytes(8 * 3)}
+    package = write_bnn_pynq_package(tmp_path / "p", b"", Z2, odd, "lfcW1A2")
+    with pytest.raises(LoadError, match="not whole lines of 2 words"):
+        driver.load(package)
+    with pytest.raises(LoadError, match="cnvW2A2 are known"):
+        write_bnn_pynq_package(tmp_path / "q", b"", Z2, odd, "resnetW1A1")
+
+
 def test_a_hang_says_which_core_waits_and_costs_one_configuration(
     driver: FabricDriver, tmp_path: Path, faults: Path
 ) -> None:

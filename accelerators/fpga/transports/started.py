@@ -72,6 +72,9 @@ class StartedEngine:
     def check(self, count: int) -> None:
         """These cores do not tell how much they stored."""
 
+    def drained(self) -> bool:
+        return True
+
     def stop(self) -> bool:
         # There is no reset: they stop when the fabric is configured anew.
         return False
@@ -117,15 +120,19 @@ class StartedEngine:
 
     def _write_memory(self, weight: WeightFile) -> None:
         raw = read_bytes(weight.path, WEIGHTS_LIMIT)
-        if not raw or len(raw) % 8:
-            raise LoadError(f"{weight.path}: {len(raw)} bytes are not whole words of 64 bits")
+        if not raw or len(raw) % (8 * weight.per_line):
+            raise LoadError(
+                f"{weight.path}: {len(raw)} bytes are not whole lines of {weight.per_line} words "
+                "of 64 bits"
+            )
         registers = self._registers[weight.core]
         registers.write(_DO_INIT, 1)
         registers.write(_LAYER, weight.layer)
         registers.write(_MEMORY, weight.unit)
-        registers.write(_THRESHOLD, 0)
-        for index, value in enumerate(np.frombuffer(raw, "<u8").tolist()):
+        for place, value in enumerate(np.frombuffer(raw, "<u8").tolist()):
+            index, threshold = divmod(place, weight.per_line)
             registers.write(_INDEX, index)
+            registers.write(_THRESHOLD, threshold)
             registers.write(_VALUE, value & 0xFFFF_FFFF)
             registers.write(_VALUE + 4, value >> 32)
             self._run(registers, weight.core)
