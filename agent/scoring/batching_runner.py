@@ -130,8 +130,9 @@ class BatchRunner:
                 if not queue.waiting:
                     return
                 decision = decide(queue.waiting, self._now(), self.config, self._pace.mean)
-                short = 0.0 < self._pace.fastest <= longest
-                batch = decision.batch if short and self._running < self.config.slots else ()
+                batch: Sequence[Job] = decision.batch
+                if self._running >= self.config.slots or not self._is_short(batch, longest):
+                    batch = ()
                 if not batch:
                     if not self._start_runner():
                         self._turn.notify()
@@ -144,6 +145,12 @@ class BatchRunner:
                 self._execute(jobs)
             finally:
                 self._leave()
+
+    def _is_short(self, batch: Sequence[Job], longest: float) -> bool:
+        items = 0
+        for job in batch:
+            items += job.items
+        return 0.0 < self._pace.expected(items) <= longest
 
     def close(self) -> None:
         """Turn away what waits, and end the threads once they have answered. Idempotent."""
@@ -187,9 +194,10 @@ class BatchRunner:
             infer_ns = time.perf_counter_ns() - before
         finally:
             self._leave()
-        self._pace.ran(infer_ns / 1e9)
+        items = self._items(inputs)
+        self._pace.ran(infer_ns / 1e9, items)
         took = int((self._now() - arrived) * 1e9)
-        self._statistics.answered_alone(self._items(inputs), took, infer_ns)
+        self._statistics.answered_alone(items, took, infer_ns)
         return results
 
     def _wait(self, job: Job, priority: int, wake: bool = True) -> None:
@@ -224,7 +232,7 @@ class BatchRunner:
 
     def _start_runner(self) -> bool:
         """One more thread if there is work for it; whether it was started."""
-        if len(self._runners) >= min(self.config.slots, len(self._queue.waiting)):
+        if len(self._runners) >= min(self.config.slots, self._running + len(self._queue.waiting)):
             return False
         runner = threading.Thread(target=self._serve, name=f"run-{self._name}"[:15], daemon=True)
         # It looks for work only after the lock is free again.
@@ -306,8 +314,7 @@ class BatchRunner:
             log.exception("%s: a run hit a defect of the server", self._name)
             for job in jobs:
                 job.finish(ScoringError(Code.INTERNAL, f"{self._name}: {DEFECT}"))
-        took = self._now() - started
-        self._pace.ran(took)
+        self._pace.ran(self._now() - started, sum([job.items for job in jobs]))
 
     def _alone(self, job: Job) -> None:
         before = time.perf_counter_ns()

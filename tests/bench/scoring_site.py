@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import selectors
 import signal
 import subprocess
@@ -29,6 +28,8 @@ from gatelet.protos import control_pb2 as pb
 from gatelet.protos.services import ScoringStub
 
 TIMEOUT = 20.0
+TRANSPORTS = ("http2", "grpcio")
+"""What gRPC may be spoken by."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,6 @@ def serve(
         "grpc_address": address,
         "http_address": http_address,
         "metrics_address": "127.0.0.1:0",
-        "grpc_transport": os.environ.get("GATELET_TEST_GRPC_TRANSPORT", "grpcio"),
         **(settings or {}),
     }
     server = Transports(

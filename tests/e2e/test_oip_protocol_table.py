@@ -23,7 +23,7 @@ from gatelet.protos import open_inference_pb2 as oip
 from gatelet.protos.services import HealthStub, InferenceStub
 
 from ..bench import onnx_models
-from ..bench.scoring_site import Site, serve
+from ..bench.scoring_site import TRANSPORTS, Site, serve
 
 PAIRS = {
     "OK": 200,
@@ -172,10 +172,12 @@ class Answered:
     outputs: tuple[tuple[str, str, tuple[int, ...], tuple[Any, ...]], ...] = ()
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("oip")
-    with serve(folder / "s") as site:
+    with serve(folder / "s", settings={"grpc_transport": request.param}) as site:
         models = {
             f"id_{name}": onnx_models.identity_folder(folder / name, name)
             for name in onnx_models.DATATYPES

@@ -23,16 +23,19 @@ from gatelet.protos.services import HealthStub, InferenceStub
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models
-from ..bench.scoring_site import Site, serve
+from ..bench.scoring_site import TRANSPORTS, Site, serve
 
 DEADLINE = 10.0
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("scoring")
-    with serve(folder / "s", limits=GrpcLimits(streams=3)) as site:
+    settings = {"grpc_transport": request.param}
+    with serve(folder / "s", limits=GrpcLimits(streams=3), settings=settings) as site:
         models = {
             "scale": onnx_models.scale_folder(
                 folder / "scale", 2.0, version="3", batching={"max": 16, "preferred": [4, 8]}
@@ -348,6 +351,8 @@ def test_requests_at_the_same_time_are_stacked_and_answered_rightly(
 ) -> None:
     instance = site.server_instance("stacked")
     session = instance.members[0].session
+    # Not on the event loop, which would then take no more requests.
+    monkeypatch.setattr(instance.members[0], "prompt", False)
     gathered = threading.Event()
 
     def run(*arguments: Any, run: Any = session.run) -> Any:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ..bench import onnx_models
-from ..bench.scoring_site import Site, serve
+from ..bench.scoring_site import TRANSPORTS, Site, serve
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -76,10 +76,13 @@ def rpc(site: Site, model: str, *metadata: tuple[str, str]) -> dict[str, str]:
         return dict(call.trailing_metadata())
 
 
-def test_the_access_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_access_log(tmp_path: Path, caplog: pytest.LogCaptureFixture, transport: str) -> None:
     folder = onnx_models.scale_folder(tmp_path / "m", 2.0, version="7")
     with (
-        serve(tmp_path / "s", settings={"access_log_sample": 1.0}) as site,
+        serve(
+            tmp_path / "s", settings={"access_log_sample": 1.0, "grpc_transport": transport}
+        ) as site,
         caplog.at_level(logging.INFO, "gatelet.scoring.access"),
     ):
         site.deploy({"e": folder})
@@ -113,10 +116,11 @@ def test_nothing_is_logged_unasked(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert not [record for record in caplog.records if record.name.endswith("access")]
 
 
-def test_spans_continue_the_callers_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_spans_continue_the_callers_trace(tmp_path: Path, transport: str) -> None:
     folder = onnx_models.scale_folder(tmp_path / "m", 2.0, version="7")
     with collector() as (url, got):
-        with serve(tmp_path / "s", settings={"otlp_url": url}) as site:
+        with serve(tmp_path / "s", settings={"otlp_url": url, "grpc_transport": transport}) as site:
             site.deploy({"e": folder})
             rest(site, "/v2/models/e/infer", {"traceparent": PARENT})
             rest(site, "/v2/models/e/infer", {"traceparent": f"00-{TRACE}-{SPAN}-00"})
@@ -149,9 +153,10 @@ def test_a_collector_that_is_away_costs_no_request(
     assert any("spans are dropped" in record.getMessage() for record in caplog.records)
 
 
-def test_server_timing_on_demand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_server_timing_on_demand(tmp_path: Path, transport: str) -> None:
     folder = onnx_models.scale_folder(tmp_path / "m", 2.0)
-    with serve(tmp_path / "s") as site:
+    with serve(tmp_path / "s", settings={"grpc_transport": transport}) as site:
         site.deploy({"e": folder})
         _, headers = rest(site, "/v2/models/e/infer", {"x-gatelet-timing": "1"})
         parts = dict(part.split(";dur=") for part in headers["server-timing"].split(", "))

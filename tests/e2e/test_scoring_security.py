@@ -40,7 +40,7 @@ from gatelet.simulator.pki import CertificateFiles, Pki
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models
-from ..bench.scoring_site import Site, serve
+from ..bench.scoring_site import TRANSPORTS, Site, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
@@ -95,8 +95,10 @@ def token(**claims: Any) -> str:
     return jwt.encode(whole, SECRET, "HS256", {"kid": "k"})
 
 
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def guarded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
     jwk = jwt.get_algorithm_by_name("HS256").to_jwk(SECRET, as_dict=True)
     (folder / "jwks.json").write_text(json.dumps({"keys": [{**jwk, "kid": "k"}]}))
@@ -105,6 +107,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "keys_dir": str(folder / "keys"),
         "tokens": TokenSettings(folder / "jwks.json", "me", "device"),
         "cors_origins": ("https://app.example",),
+        "grpc_transport": request.param,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys_module, "_FRESH_SECONDS", 0.0)
@@ -247,9 +250,10 @@ def test_web_pages_call_only_from_where_they_may(guarded: Guarded) -> None:
     assert ask("https://evil.example", "GET", "/v2")[0] == 200
 
 
-def test_too_many_requests_of_one_client(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_too_many_requests_of_one_client(tmp_path: Path, transport: str) -> None:
     model = onnx_models.scale_folder(tmp_path / "m", 2.0)
-    settings = {"rate": RateLimit(0.5, 3)}
+    settings = {"rate": RateLimit(0.5, 3), "grpc_transport": transport}
     with serve(tmp_path / "s", settings=settings) as site:
         site.deploy({"e": model})
         guarded = Guarded(site, KeyStore(tmp_path))
@@ -322,8 +326,9 @@ def command(words: list[str]) -> int:
     return int(arguments.run(arguments))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_wide_addresses_ask_for_keys_and_renew_certificates(
-    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     monkeypatch.setattr(http_server, "_RELOAD_SECONDS", 0.1)
     model = onnx_models.scale_folder(tmp_path / "m", 2.0)
@@ -331,6 +336,7 @@ def test_wide_addresses_ask_for_keys_and_renew_certificates(
         "tls": place(pki.server(["localhost"]), tmp_path / "tls"),
         "keys_dir": str(tmp_path / "keys"),
         "metrics_address": "",
+        "grpc_transport": transport,
     }
     wide = "0.0.0.0:0"
     trust = pki.client_context()
@@ -394,13 +400,13 @@ def test_nobody_is_left_hanging_while_certificates_are_renewed(
     assert len(renewed) > 20
 
 
-def test_mutual_tls(tmp_path: Path, pki: Pki) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_mutual_tls(tmp_path: Path, pki: Pki, transport: str) -> None:
     model = onnx_models.scale_folder(tmp_path / "m", 2.0)
     files = pki.server(["localhost"])
     tls = TlsSettings(files.certificate, files.key, pki.ca_file, True)
-    with serve(
-        tmp_path / "s", settings={"tls": tls}, address="0.0.0.0:0", http_address="0.0.0.0:0"
-    ) as site:
+    settings, wide = {"tls": tls, "grpc_transport": transport}, "0.0.0.0:0"
+    with serve(tmp_path / "s", settings=settings, address=wide, http_address=wide) as site:
         site.deploy({"e": model})
         device = pki.device("app")
         assert https(site, pki.client_context(device), "/v2/models/e")[0] == 200

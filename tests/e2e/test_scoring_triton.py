@@ -14,7 +14,7 @@ from gatelet.protos.services import InferenceStub
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models
-from ..bench.scoring_site import Site, serve
+from ..bench.scoring_site import TRANSPORTS, Site, serve
 
 NUMPY_TYPES = {
     "BOOL": np.bool_,
@@ -32,10 +32,13 @@ NUMPY_TYPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("scoring")
-    with serve(folder / "s", limits=GrpcLimits(max_message_bytes=1_000_000)) as site:
+    settings, limits = {"grpc_transport": request.param}, GrpcLimits(max_message_bytes=1_000_000)
+    with serve(folder / "s", limits=limits, settings=settings) as site:
         models = {
             f"identity_{datatype}": onnx_models.identity_folder(folder / datatype, datatype)
             for datatype in onnx_models.DATATYPES
