@@ -274,7 +274,7 @@ async def test_the_same_methods_over_mqtt(site: Any) -> None:
         process = await asyncio.create_subprocess_exec(
             *("mosquitto_rr", "-V", "mqttv5", "-h", about["host"], "-p", str(about["port"])),
             *("-u", about["username"], "-P", about["password"], "-W", "10"),
-            *("-t", f"{topics}/cmd/{name}", "-e", f"{topics}/answers/1"),
+            *("-t", f"{topics}/cmd/{name}", "-e", "answers/1"),
             *("-m", json.dumps(payload)),
             stdout=asyncio.subprocess.PIPE,
         )
