@@ -33,15 +33,17 @@ from .packets import (
     Subscribe,
     Unsubscribe,
 )
+from .retained import RetainedMessages
 from .router import Router
 from .session import NEVER, Session, expiry_seconds, session_expiry
 from .store import Store, StoreUnreadable
-from .subscriptions import Entry
-from .topics import topic_problem
+from .subscriptions import Entry, filter_size
+from .topics import too_deep, topic_problem
 from .websocket import WebsocketListener
 from .wills import Wills
 
-_MOST_LEVELS = 200
+_RETAINED_BYTES = 256 * 1024 * 1024
+_FILTER_BYTES = 4 * 1024 * 1024
 _CLOSE_SECONDS = 2.0
 
 
@@ -54,8 +56,10 @@ class Broker:
     `grants`: what each user may do, None means everything; a will needs its grant at CONNECT.
     `folder`: where sessions, queued and retained messages are kept, None keeps them in memory.
     `websockets`: serve `/mqtt` on `websocket_port` too. `queue_limit` messages wait for a client
-    that is away; newer ones are dropped. `response_prefix`: where a client that asks for response
-    information is told to have its responses sent, followed by its id.
+    that is away; newer ones are dropped. `retained_limit` topics may have a retained message, and a
+    client `subscription_limit` subscriptions; 0x97 refuses what is beyond. `response_prefix`: where
+    a client that asks for response information is told to have its responses sent, followed by its
+    id.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Broker:
         ssl: ssl_module.SSLContext | None = None,
         limits: Limits | None = None,
         queue_limit: int = 1000,
+        retained_limit: int = 100_000,
+        subscription_limit: int = 1000,
         grants: Sequence[Grant] | None = None,
         folder: Path | None = None,
         websockets: bool = False,
@@ -79,6 +85,7 @@ class Broker:
         self._ssl = ssl
         self._limits = limits or Limits(topic_alias_maximum=16)
         self._queue_limit = queue_limit
+        self._subscription_limit = subscription_limit
         self._access = None if grants is None else AccessList(grants)
         self._folder = folder
         self._response_prefix = response_prefix
@@ -94,8 +101,8 @@ class Broker:
         self._live: dict[str, Connection] = {}
         self._sessions: dict[str, Session] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}
-        self._wills = Wills(lambda publish: self._router.route(publish, None))
-        self._router = Router(self._live)
+        self._wills = Wills(self._send_will)
+        self._router = Router(self._live, RetainedMessages(retained_limit, _RETAINED_BYTES))
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -206,6 +213,8 @@ class Broker:
         client_id = connect.client_id or f"auto-{secrets.token_hex(8)}"
         if connect.will and not self._may_publish(user, client_id, connect.will.topic):
             return Refused(ReasonCode.NOT_AUTHORIZED, "the will's topic is not granted")
+        if connect.will and too_deep(connect.will.topic):
+            return Refused(ReasonCode.TOPIC_NAME_INVALID, "the will's topic has too many levels")
         while (older := self._live.get(client_id)) is not None:
             if older.tag != user:
                 break
@@ -248,6 +257,10 @@ class Broker:
         if not self._may_publish(connection.tag, connection.client_id, publish.topic):
             # 3.1.1 has no way to say so: it is acknowledged and dropped [3.1.1 MQTT-3.3.5-2].
             return ReasonCode.NOT_AUTHORIZED
+        if too_deep(publish.topic):
+            return ReasonCode.TOPIC_NAME_INVALID
+        if publish.retain and not self._has_room(publish):
+            return ReasonCode.QUOTA_EXCEEDED
         receivers = self._router.route(publish, connection.session)
         if not receivers and publish.qos and connection.version == V5:
             return ReasonCode.NO_MATCHING_SUBSCRIBERS
@@ -258,11 +271,15 @@ class Broker:
         assert session is not None
         identifiers = subscribe.properties.subscription_identifiers
         codes: list[int] = []
+        room = _FILTER_BYTES - sum(map(filter_size, session.subscriptions))
         for wanted in subscribe.subscriptions:
-            if wanted.topic_filter.count("/") >= _MOST_LEVELS:
-                # Each level is a place in the tree: a short packet could take all memory.
-                codes.append(ReasonCode.QUOTA_EXCEEDED)
-                continue
+            size = 0
+            if wanted.topic_filter not in session.subscriptions:
+                size = filter_size(wanted.topic_filter)
+                full = len(session.subscriptions) >= self._subscription_limit
+                if full or size > room or too_deep(wanted.topic_filter):
+                    codes.append(ReasonCode.QUOTA_EXCEEDED)
+                    continue
             if not self._may_subscribe(session, wanted.topic_filter):
                 codes.append(ReasonCode.NOT_AUTHORIZED)
                 continue
@@ -270,6 +287,7 @@ class Broker:
             entry = Entry(session, granted, identifiers[0] if identifiers else None)
             is_new = self._router.tree.add(entry)
             session.subscriptions[granted.topic_filter] = granted
+            room -= size
             if self._store is not None and session.expiry_interval:
                 self._store.subscribe(session.client_id, granted, entry.identifier)
             if granted.retain_handling == 0 or (granted.retain_handling == 1 and is_new):
@@ -315,6 +333,14 @@ class Broker:
             self._expire_after(session, session.expiry_interval)
 
     # Inside
+
+    def _has_room(self, publish: Publish) -> bool:
+        return self._router.retained.has_room(publish, asyncio.get_running_loop().time())
+
+    def _send_will(self, will: Publish) -> None:
+        if will.retain and not self._has_room(will):
+            will = replace(will, retain=False)
+        self._router.route(will, None)
 
     def _new_connection(self) -> Connection:
         before_write = None if self._store is None else self._store.commit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from .packets import Publish
-from .session import NEVER
+from .session import NEVER, message_size
 from .topics import matches
 
 
@@ -21,10 +21,12 @@ class Retained:
 
 
 class RetainedMessages:
-    """`now` is monotonic seconds everywhere."""
+    """At most so many topics and so many bytes of them. `now` is monotonic seconds everywhere."""
 
-    def __init__(self) -> None:
-        self._by_topic: dict[str, Retained] = {}
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self._most = most
+        self._most_bytes = most_bytes
+        self.restore({})
 
     def payloads(self, now: float) -> dict[str, bytes]:
         return {
@@ -35,23 +37,58 @@ class RetainedMessages:
 
     def restore(self, kept: dict[str, Retained]) -> None:
         self._by_topic = kept
+        self._bytes = sum(message_size(one.publish) for one in kept.values())
+        self._earliest_expiry = min((one.expires_at for one in kept.values()), default=NEVER)
+
+    def has_room(self, publish: Publish, now: float) -> bool:
+        """Whether `publish` may be kept; what removes a message always may."""
+        if not publish.payload or self._fits(publish):
+            return True
+        if self._earliest_expiry <= now:
+            for topic, kept in list(self._by_topic.items()):
+                if kept.expires_at <= now:
+                    self._forget(topic)
+            left = (one.expires_at for one in self._by_topic.values())
+            self._earliest_expiry = min(left, default=NEVER)
+        return self._fits(publish)
 
     def keep(self, publish: Publish, now: float) -> Retained | None:
         """Replace the topic's message; None when an empty payload removed it [MQTT-3.3.1-6]."""
+        self._forget(publish.topic)
         if not publish.payload:
-            self._by_topic.pop(publish.topic, None)
             return None
         expiry = publish.properties.message_expiry_interval
         kept = Retained(publish, NEVER if expiry is None else now + expiry)
         self._by_topic[publish.topic] = kept
+        self._bytes += message_size(publish)
+        self._earliest_expiry = min(self._earliest_expiry, kept.expires_at)
         return kept
+
+    def _fits(self, publish: Publish) -> bool:
+        older = self._by_topic.get(publish.topic)
+        more = message_size(publish) - (message_size(older.publish) if older else 0)
+        if more > 0 and self._bytes + more > self._most_bytes:
+            return False
+        return older is not None or len(self._by_topic) < self._most
+
+    def _forget(self, topic: str) -> None:
+        older = self._by_topic.pop(topic, None)
+        if older is not None:
+            self._bytes -= message_size(older.publish)
 
     def matching(self, topic_filter: str, now: float) -> Iterator[Publish]:
         """What a new subscriber gets, with the expiry interval that is left [MQTT-3.3.2-6]."""
-        for topic, kept in list(self._by_topic.items()):
+        if "+" in topic_filter or "#" in topic_filter:
+            topics = [topic for topic in self._by_topic if matches(topic_filter, topic)]
+        else:
+            topics = [topic_filter] if topic_filter in self._by_topic else []
+        for topic in topics:
+            kept = self._by_topic.get(topic)
+            if kept is None:
+                continue
             if kept.expires_at <= now:
-                del self._by_topic[topic]
-            elif matches(topic_filter, topic):
+                self._forget(topic)
+            else:
                 yield _aged(kept, now)
 
 

@@ -19,9 +19,9 @@ from .topics import split_shared
 class Router:
     """`live` holds the connections by client id; with a `store` retained messages outlive us."""
 
-    def __init__(self, live: Mapping[str, Connection]) -> None:
+    def __init__(self, live: Mapping[str, Connection], retained: RetainedMessages) -> None:
         self.tree = SubscriptionTree()
-        self.retained = RetainedMessages()
+        self.retained = retained
         self.store: Store | None = None
         self._live = live
         self._turn = 0

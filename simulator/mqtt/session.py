@@ -138,7 +138,7 @@ class Session:
 
         Not `limited`: only the bytes count, not how many messages wait.
         """
-        size = _size(publish)
+        size = message_size(publish)
         queue = self._queue if publish.qos else self._qos0
         limit = self._queue_limit if limited else math.inf
         if (len(queue) >= limit or size > self._bytes_left) and self._earliest_expiry <= now:
@@ -175,7 +175,7 @@ class Session:
         properties = publish.properties
         if properties is not NO_PROPERTIES and properties.message_expiry_interval is not None:
             return 0
-        size = _size(publish)
+        size = message_size(publish)
         if size > self._bytes_left or self._queue_limit < 1:
             return 0
         identifier = self._free_id()
@@ -186,7 +186,9 @@ class Session:
 
     def restore(self, publish: Publish, expires_at: float, key: int, received: bool) -> None:
         """Take a message from the journal; those that were sent (with packet_id) come first."""
-        outgoing = _Outgoing(publish, _size(publish), expires_at, None, key, received=received)
+        outgoing = _Outgoing(
+            publish, message_size(publish), expires_at, None, key, received=received
+        )
         self._bytes_left -= outgoing.size
         if publish.packet_id:
             self._in_flight[publish.packet_id] = outgoing
@@ -346,8 +348,8 @@ class Session:
                 return self._last_id
 
 
-def _size(publish: Publish) -> int:
-    """Bytes of memory that a waiting message takes, roughly."""
+def message_size(publish: Publish) -> int:
+    """Bytes of memory that a message takes, roughly."""
     size = _MESSAGE_BYTES + len(publish.payload) + len(publish.topic)
     properties = publish.properties
     if properties is not NO_PROPERTIES:

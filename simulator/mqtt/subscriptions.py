@@ -11,6 +11,13 @@ from .topics import split_shared
 
 _REMEMBERED = 1024
 _REMEMBERED_LENGTH = 256
+_ENTRY_BYTES = 512
+_LEVEL_BYTES = 512
+
+
+def filter_size(topic_filter: str) -> int:
+    """Bytes of memory that a subscription takes, roughly."""
+    return _ENTRY_BYTES + len(topic_filter) + _LEVEL_BYTES * (topic_filter.count("/") + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,8 @@ class SubscriptionTree:
                 if (exact := node.children.get(level)) is not None:
                     reached.append(exact)
             open_nodes = reached
+            if not reached:
+                return
         for node in open_nodes:
             yield node
             # "a/#" also matches "a" itself.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 _MAX_BYTES = 65_535
 _SHARE = "$share/"
+MOST_LEVELS = 200
+"""Of topics and filters that a broker takes: it spends time or memory on each level."""
 
 
 def topic_problem(topic: str) -> str | None:
@@ -46,6 +48,11 @@ def _string_problem(text: str) -> str | None:
     except UnicodeEncodeError:
         return "surrogates cannot be encoded"
     return f"longer than {_MAX_BYTES} bytes" if size > _MAX_BYTES else None
+
+
+def too_deep(topic: str) -> bool:
+    """Whether a topic or a filter has more than MOST_LEVELS levels."""
+    return len(topic) >= MOST_LEVELS and topic.count("/") >= MOST_LEVELS
 
 
 def split_shared(topic_filter: str) -> tuple[str, str]:

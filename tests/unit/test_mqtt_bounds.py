@@ -24,14 +24,21 @@ from gatelet.simulator.mqtt.packets import (
     Packet,
     Properties,
     PubAck,
+    PubComp,
     Publish,
+    PubRec,
+    PubRel,
     ReasonCode,
     SubAck,
     Subscribe,
     Subscription,
+    Unsubscribe,
+    Will,
 )
+from gatelet.simulator.mqtt.retained import RetainedMessages
 from gatelet.simulator.mqtt.session import Session
 from gatelet.simulator.mqtt.store import FILE_NAME, StoreUnreadable
+from msgspec.structs import replace
 
 
 @asynccontextmanager
@@ -45,12 +52,16 @@ async def running(**arguments) -> AsyncIterator[Broker]:
 
 
 class Client:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-        self.decoder, self.waiting = Decoder(version=V5), list[Packet]()
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, version: int = V5
+    ) -> None:
+        self.reader, self.writer, self.version = reader, writer, version
+        self.decoder, self.waiting = Decoder(version=version), list[Packet]()
 
     def send(self, *packets: Packet) -> None:
-        self.writer.write(b"".join(encode(packet, packet_version(packet)) for packet in packets))
+        for packet in packets:
+            version = packet.version if isinstance(packet, Connect) else self.version
+            self.writer.write(encode(packet, version))
 
     async def receive(self) -> Packet:
         while not self.waiting:
@@ -61,13 +72,9 @@ class Client:
         return self.waiting.pop(0)
 
 
-def packet_version(packet: Packet) -> int:
-    return packet.version if isinstance(packet, Connect) else V5
-
-
 @asynccontextmanager
-async def client(broker: Broker, **options) -> AsyncIterator[Client]:
-    one = Client(*await asyncio.open_connection("127.0.0.1", broker.port, **options))
+async def client(broker: Broker, version: int = V5) -> AsyncIterator[Client]:
+    one = Client(*await asyncio.open_connection("127.0.0.1", broker.port), version)
     try:
         yield one
     finally:
@@ -153,6 +160,119 @@ async def test_a_filter_of_thousands_of_levels_is_refused() -> None:
         one.send(Connect("c", V5), Subscribe(1, (deep, Subscription("a/b", 0))))
         await one.receive()
         assert await one.receive() == SubAck(1, (ReasonCode.QUOTA_EXCEEDED, 0))
+
+
+@pytest.mark.parametrize("version", [V311, V5])
+async def test_subscriptions_of_one_client_are_bounded(version: int) -> None:
+    refused = 0x80 if version == V311 else ReasonCode.QUOTA_EXCEEDED
+    async with running(subscription_limit=3) as broker, client(broker, version) as one:
+        one.send(Connect("c", version))
+        await one.receive()
+        wanted = [Subscription(name) for name in "abacd"]
+        one.send(Subscribe(1, tuple(wanted)))
+        assert (await one.receive()).reason_codes == (0, 0, 0, 0, refused)
+        one.send(Subscribe(2, (Subscription("a", 1), Subscription("d"))))
+        assert (await one.receive()).reason_codes == (1, refused), "a replaced one is no new one"
+        one.send(Unsubscribe(3, ("a",)), Subscribe(4, (Subscription("d"),)))
+        await one.receive()
+        assert (await one.receive()).reason_codes == (0,)
+
+
+async def test_filters_of_one_client_are_bounded_in_bytes() -> None:
+    async with running() as broker, client(broker) as one:
+        one.send(Connect("c", V5))
+        await one.receive()
+        codes: list[int] = []
+        while ReasonCode.QUOTA_EXCEEDED not in codes:
+            assert len(codes) < 100, "60 kB each"
+            one.send(Subscribe(1, (Subscription(f"{len(codes)}" + "x" * 60_000),)))
+            codes += (await one.receive()).reason_codes
+        one.send(Subscribe(1, (Subscription("small"),)))
+        assert (await one.receive()).reason_codes == (0,)
+
+
+@pytest.mark.parametrize("version", [V311, V5])
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_retained_messages_are_bounded(version: int, qos: int) -> None:
+    """MQTT 5 says so; 3.1.1 has no words for it and acknowledges what it drops."""
+    async with running(retained_limit=2) as broker, client(broker, version) as one:
+
+        async def retain(topic: str, payload: bytes, number: int) -> int:
+            one.send(Publish(topic, payload, qos, True, packet_id=number))
+            answer = await one.receive()
+            if isinstance(answer, PubRec) and answer.reason_code < 0x80:
+                one.send(PubRel(number))
+                assert isinstance(await one.receive(), PubComp)
+            return answer.reason_code
+
+        one.send(Connect("c", version))
+        await one.receive()
+        for number, topic in enumerate("aba", 1):
+            assert await retain(topic, b"%d" % number, number) in (0, 0x10)
+        refused = 0 if version == V311 else ReasonCode.QUOTA_EXCEEDED
+        assert await retain("c", b"4", 4) == refused
+        assert broker.retained == {"a": b"3", "b": b"2"}
+        assert await retain("a", b"", 5) in (0, 0x10)
+        assert await retain("c", b"6", 6) in (0, 0x10)
+        assert broker.retained == {"b": b"2", "c": b"6"}
+        broker.publish("own", b"7", retain=True)
+        assert len(broker.retained) == 3, "whoever has the broker may do as they like"
+
+
+def test_retained_messages_are_bounded_in_bytes() -> None:
+    kept = RetainedMessages(100, 10_000)
+    soon = Properties(message_expiry_interval=5)
+    large, brief = Publish("a", bytes(6_000), 0, True), Publish("b", bytes(6_000), 0, True)
+    brief = replace(brief, properties=soon)
+    assert kept.has_room(brief, 0.0)
+    kept.keep(brief, 0.0)
+    assert not kept.has_room(large, 4.0)
+    assert kept.has_room(replace(large, topic="b"), 4.0), "it takes the place of the other"
+    assert kept.has_room(large, 6.0), "the other has expired"
+    kept.keep(large, 6.0)
+    assert not kept.has_room(replace(large, topic="b"), 6.0)
+    kept.keep(replace(large, payload=b""), 6.0)
+    assert kept.has_room(brief, 6.0)
+    assert kept._bytes == 0
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_a_will_beyond_the_limit_is_sent_but_not_kept(qos: int) -> None:
+    will = Will("will", b"gone", qos, True)
+    async with running(retained_limit=1) as broker, client(broker) as one, client(broker) as two:
+        broker.publish("other", b"x", retain=True)
+        one.send(Connect("one", V5), Subscribe(1, (Subscription("will", 1),)))
+        assert isinstance(await one.receive(), ConnAck)
+        assert isinstance(await one.receive(), SubAck)
+        two.send(Connect("two", V5, will=will))
+        await two.receive()
+        two.writer.transport.abort()
+        assert (await one.receive()).payload == b"gone"
+        assert broker.retained == {"other": b"x"}
+
+
+@pytest.mark.parametrize("version", [V311, V5])
+async def test_topics_of_many_levels_are_refused(version: int) -> None:
+    deep, most = "/" * 200, "/" * 199
+    async with running() as broker, client(broker, version) as one:
+        one.send(Connect("c", version), Subscribe(1, (Subscription("#", 0),)))
+        assert isinstance(await one.receive(), ConnAck)
+        assert isinstance(await one.receive(), SubAck)
+        one.send(Publish(deep, b"x", 1, packet_id=1), Publish(most, b"y", 1, packet_id=2))
+        refused = 0 if version == V311 else ReasonCode.TOPIC_NAME_INVALID
+        assert await one.receive() == PubAck(1, refused)
+        assert (await one.receive()).payload == b"y"
+        assert await one.receive() == PubAck(2)
+        async with client(broker, version) as other:
+            other.send(Connect("other", version, will=Will(deep, b"x")))
+            if version == V5:
+                assert await other.receive() == ConnAck(
+                    False,
+                    ReasonCode.TOPIC_NAME_INVALID,
+                    Properties(reason_string="the will's topic has too many levels"),
+                )
+            with pytest.raises(EOFError):
+                await other.receive()
 
 
 async def test_sessions_expire_after_a_pause_of_the_server_too() -> None:
