@@ -131,10 +131,8 @@ class GrpcConnection(asyncio.Protocol):
             return
         if core.more:
             core.pump()
-        out = core.out
-        if out:
-            core.out = []
-            data = out[0] if len(out) == 1 else b"".join(out)
+        if core.out:
+            data = core.take()
             self._patience.written += len(data)
             transport.write(data)
         if core.more and not core.corked:

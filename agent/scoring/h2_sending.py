@@ -57,8 +57,8 @@ class SendingSink(Protocol):
 
 
 class Sending:
-    """`out` holds what is to be sent; whoever sends it clears it. `more`: something waits that
-    `pump` may send at once. `corked`: nothing but control frames and small answers' headers leaves,
+    """`out` holds what is to be sent, until `take`. `more`: something waits that `pump` may send
+    after that. `corked`: nothing but control frames and small answers' headers leaves,
     because the way to the peer is full."""
 
     def __init__(self, sink: SendingSink, greeting: list[bytes]) -> None:
@@ -74,6 +74,14 @@ class Sending:
         self._send_window = self._initial_send = h2.DEFAULT_WINDOW
         self._max_frame = h2.MAX_FRAME
         self._earned = 0.0
+        # Of large answers, in `out`.
+        self._given = 0
+
+    def take(self) -> bytes:
+        """What is to be sent now."""
+        out, self.out = self.out, []
+        self._given = 0
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def answer(self, stream: Stream, head: bytes, data: bytes, trailers: bytes) -> None:
         """A whole answer: two encoded blocks of headers and what is between them."""
@@ -149,16 +157,16 @@ class Sending:
     def pump(self) -> None:
         """Send what waits, in turns, as far as the windows allow and not everything at once."""
         self.more = False
-        room = _AT_ONCE
         progress = bool(self.waiting) and not self.corked
         while progress:
             progress = False
             for stream in tuple(self.waiting.values()):
+                room = _AT_ONCE - self._given
                 if room <= 0:
                     self.more = True
                     return
                 size = self._send_part(stream, min(room, _TURN))
-                room -= size
+                self._given += size
                 progress = progress or size > 0
 
     def _send_part(self, stream: Stream, most: int) -> int:

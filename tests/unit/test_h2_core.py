@@ -48,8 +48,7 @@ class Recorder:
 
     @property
     def sent(self) -> list[tuple[int, int, int, bytes]]:
-        out, self.core.out = b"".join(self.core.out), []
-        return list(split(out))
+        return list(split(self.core.take() if self.core.out else b""))
 
 
 def split(data: bytes) -> Any:
@@ -237,3 +236,125 @@ def test_remembered_blocks_mean_what_they_said(requests: list[list[int]]) -> Non
     for fields in requests * 2:
         pairs = [(b"n%d" % n, b"v%d" % (n * n)) for n in fields]
         assert reader.read(encoder.encode(pairs)) == pairs
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([h2.frame(h2.PRIORITY, 0, 3, b"\0\0\0\3\x10")], ErrorCode.PROTOCOL_ERROR),
+        ([headers(1, 5 | 32, b"\0\0\0\1\x10" + literals(FIELDS))], ErrorCode.PROTOCOL_ERROR),
+        ([h2.frame(h2.PRIORITY, 0, 3, b"\0\0")], ErrorCode.FRAME_SIZE_ERROR),
+        ([h2.frame(h2.SETTINGS, 0, 1)], ErrorCode.PROTOCOL_ERROR),
+        ([h2.frame(h2.SETTINGS, 1, 0, bytes(6))], ErrorCode.FRAME_SIZE_ERROR),
+        ([h2.frame(h2.GOAWAY, 0, 0, b"x")], ErrorCode.FRAME_SIZE_ERROR),
+        ([h2.frame(h2.GOAWAY, 0, 1, bytes(8))], ErrorCode.PROTOCOL_ERROR),
+        ([h2.frame(h2.RST_STREAM, 0, 1, b"x")], ErrorCode.FRAME_SIZE_ERROR),
+        ([h2.frame(h2.WINDOW_UPDATE, 0, 0, b"x")], ErrorCode.FRAME_SIZE_ERROR),
+        ([headers(1, 4), h2.frame(h2.DATA, 8, 1)], ErrorCode.FRAME_SIZE_ERROR),
+        ([h2.frame(200, 0, 0)] * 1500, ErrorCode.ENHANCE_YOUR_CALM),
+        ([h2.frame(h2.PING, 1, 0, bytes(8))] * 1500, ErrorCode.ENHANCE_YOUR_CALM),
+        ([headers(n, 4) for n in range(1, 4001, 2)], ErrorCode.ENHANCE_YOUR_CALM),
+        # Streams that the server has to reset because of what the client sends on them.
+        (
+            [headers(n, 4) + h2.window_update(n, 0) for n in range(1, 3001, 2)],
+            ErrorCode.ENHANCE_YOUR_CALM,
+        ),
+        ([headers(1, 5), *[h2.frame(h2.DATA, 0, 1, b"x")] * 1500], ErrorCode.ENHANCE_YOUR_CALM),
+    ],
+)
+def test_more_broken_connections_end(frames: list[bytes], code: ErrorCode) -> None:
+    recorder = greeted()
+    with pytest.raises(ConnectionRefused) as refused:
+        recorder.receive(*frames)
+    assert refused.value.code is code
+
+
+def test_settings_count_once_however_often_they_are_named() -> None:
+    recorder = greeted()
+    recorder.receive(headers(1))
+    many = h2.SETTING.pack(h2.INITIAL_WINDOW_SIZE, 7) * 2000
+    recorder.receive(h2.frame(h2.SETTINGS, 0, 0, many + h2.SETTING.pack(h2.INITIAL_WINDOW_SIZE, 9)))
+    assert recorder.core.streams[1].send_window == 9
+
+
+def test_a_bomb_of_headers_is_not_unpacked() -> None:
+    bomb = Encoder().encode([(b"x-large", b"y" * 3000)]) + b"\xbe" * 4000
+    with pytest.raises(ConnectionRefused) as refused:
+        greeted().receive(headers(1, block=bomb))
+    assert refused.value.code is ErrorCode.COMPRESSION_ERROR
+
+
+def open_wide() -> Recorder:
+    recorder = greeted()
+    wide = h2.settings({h2.INITIAL_WINDOW_SIZE: 2**31 - 1})
+    recorder.receive(wide, h2.window_update(0, 2**30), headers(1), headers(3))
+    recorder.core.out.clear()
+    return recorder
+
+
+def test_large_answers_leave_in_parts_and_in_turns() -> None:
+    recorder = open_wide()
+    core = recorder.core
+    for number in (1, 3):
+        core.answer(core.streams[number], b"\x88", bytes(3_000_000), b"\x88")
+    sizes = []
+    while core.more or core.out:
+        if core.more:
+            core.pump()
+        parts = recorder.sent
+        sizes.append(sum(len(part[3]) for part in parts))
+        assert {part[2] for part in parts} == {1, 3} or not core.streams
+    assert sum(sizes) == 2 * 3_000_002
+    assert max(sizes) < 1_100_000
+    assert not core.streams
+    assert not core.waiting
+
+
+def test_nothing_large_leaves_while_the_way_is_full() -> None:
+    recorder = open_wide()
+    core = recorder.core
+    core.corked = True
+    core.answer(core.streams[1], b"\x88", b"answer", b"\x88")
+    assert [part[0] for part in recorder.sent] == [h2.HEADERS]
+    recorder.receive(h2.window_update(0, 1), h2.frame(h2.PING, 0, 0, bytes(8)))
+    assert [part[0] for part in recorder.sent] == [h2.PING]
+    core.corked = False
+    core.pump()
+    assert [part[0] for part in recorder.sent] == [h2.DATA, h2.HEADERS]
+    assert ("sent", 1) in recorder.events
+
+
+def test_streams_on_their_way_at_the_first_goodbye_are_taken() -> None:
+    recorder = greeted()
+    recorder.receive(headers(1))
+    recorder.core.retire()
+    first, ping = recorder.sent
+    assert first[3][:4] == b"\x7f\xff\xff\xff"
+    recorder.receive(headers(3), h2.frame(h2.PING, 1, 0, ping[3]), headers(5))
+    assert [event[1] for event in recorder.events] == [1, 3]
+    assert [part[3][:4] for part in recorder.sent] == [b"\0\0\0\3"]
+
+
+def test_when_a_frame_began_that_does_not_end() -> None:
+    recorder = greeted()
+    core, whole = recorder.core, headers(1, 0)
+    core.receive(whole[:5], 1.0)
+    core.receive(whole[5:12], 2.0)
+    assert core.partial_since == 1.0
+    # The block of headers is as unfinished as the frame was.
+    core.receive(whole[12:], 3.0)
+    core.receive(h2.frame(h2.CONTINUATION, 0, 1), 4.0)
+    assert core.partial_since == 1.0
+    core.receive(h2.frame(h2.CONTINUATION, 4, 1), 5.0)
+    assert core.partial_since is None
+    core.receive(h2.frame(h2.DATA, 1, 1, b"x") + b"\0", 6.0)
+    assert core.partial_since == 6.0
+
+
+def test_answers_earn_what_cancellations_cost() -> None:
+    recorder = greeted()
+    for number in range(1, 8001, 4):
+        recorder.receive(headers(number))
+        recorder.core.answer(recorder.core.streams[number], b"\x88", b"", b"\x88")
+        recorder.receive(headers(number + 2, 4), h2.rst_stream(number + 2, ErrorCode.CANCEL))
+        recorder.core.out.clear()
