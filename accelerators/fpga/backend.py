@@ -141,6 +141,10 @@ class _Lane:
     port: Port
     plain: bool
     form: Form
+    dtype: np.dtype[np.generic]
+    rank: int
+    tail: tuple[int, ...]
+    """All sizes but the first, which is free; () makes for the slower check."""
 
     @classmethod
     def of(cls, port: Port) -> _Lane:
@@ -150,7 +154,9 @@ class _Lane:
             if plain
             else Form(np.dtype(np.uint8), (port.wire.item_bytes,))
         )
-        return cls(spec.name, spec, port, plain, form)
+        tail = spec.shape[1:] if spec.shape[:1] == (-1,) and -1 not in spec.shape[1:] else ()
+        dtype = NUMPY_DTYPES[spec.datatype]
+        return cls(spec.name, spec, port, plain, form, dtype, len(spec.shape), tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,11 +338,12 @@ class FpgaSession:
             if tensor is None:
                 self._check_names(inputs, outputs)
                 raise AssertionError
-            spec = lane.spec
-            if tensor.dtype != NUMPY_DTYPES[spec.datatype] or not shape_matches(
-                spec.shape, tensor.shape
+            shape = tensor.shape
+            if tensor.dtype != lane.dtype or not (
+                (shape[1:] == lane.tail and len(shape) == lane.rank > 1)
+                or shape_matches(lane.spec.shape, shape)
             ):
-                raise InvalidTensor(f"{spec} expected, got {tensor.dtype} {list(tensor.shape)}")
+                raise InvalidTensor(f"{lane.spec} expected, got {tensor.dtype} {list(shape)}")
             tensors.append(tensor)
         count = len(tensors[0])
         if len(tensors) > 1 and any(len(tensor) != count for tensor in tensors):

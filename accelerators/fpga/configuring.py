@@ -73,12 +73,16 @@ class Configurator:
         return known.hardware
 
     def foreign(self) -> bool:
-        """Whether another process has configured the fabric since we did."""
-        if self._state is None or self._mark == mark_of(self._state):
+        """Whether another process has configured the fabric since we did; counts and logs it."""
+        if not self.changed():
             return False
         self.replaced += 1
         _LOG.warning("another process has configured the fabric; ours is downloaded again")
         return True
+
+    def changed(self) -> bool:
+        """Whether pynq's note says that somebody else has configured the fabric since we did."""
+        return self._state is not None and self._mark != mark_of(self._state)
 
     def distrust(self) -> None:
         """Take nothing that is in the fabric for granted: all of it comes anew the next time."""

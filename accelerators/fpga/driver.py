@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import BackendUnavailable, DeadlineExceeded, LoadError
 from .configuring import Configurator
 from .handoff import Hardware
+from .job import Job, Transfer
 from .machine import cma_bytes, take_lock
 from .package import Package, RtlStream
 from .packing import Bytes
@@ -94,6 +95,8 @@ class FabricDriver:
         # Buffers that cores may still write to, until the fabric is configured anew.
         self._parked: list[Any] = []
         self._unfinished: float | None = None
+        # All results of the last transfer are there; whether its inputs were read, nobody asked.
+        self._draining = False
         self._broken = False
         self._transfers = self._dma_errors = self._hangs = self._resets = 0
         self._trouble: str | None = None
@@ -163,6 +166,7 @@ class FabricDriver:
 
     def close(self) -> None:
         """Free the buffers and let the lock go. Idempotent."""
+        self._settle()
         self._leave()
         self._free_parked()
         fabric, self._fabric = self._fabric, None
@@ -185,6 +189,7 @@ class FabricDriver:
             self._fabric.forget(package)
         self._limits.pop(package.identity, None)
         if self._active and self._active.package.identity == package.identity:
+            self._settle()
             self._leave()
 
     def infer(
@@ -202,17 +207,38 @@ class FabricDriver:
         transfer hangs; either way the fabric is set right before the next transfer, or by
         `recover`. The package must have been loaded.
         """
-        self._settle()
-        active = self._in_fabric(package)
-        count = len(items[0])
         if results is None:
-            results = [np.empty((count, slot.item_bytes), np.uint8) for slot in active.receives]
-        for start in range(0, count, active.chunk):
-            part = slice(start, min(start + active.chunk, count))
-            self._transfer(
-                active, [one[part] for one in items], [r[part] for r in results], deadline
-            )
+            results = [
+                np.empty((len(items[0]), port.wire.item_bytes), np.uint8)
+                for port in package.outputs
+            ]
+        self.run(Job(package, items, results), deadline)
         return results
+
+    def run(self, job: Job, deadline: float | None) -> None:
+        """Do a job; see `infer`. What `finish` does is left to the next one."""
+        active, fabric = self._active, self._fabric
+        if (
+            active is None
+            or active.package is not job.package
+            or self._draining
+            or self._broken
+            or self._unfinished is not None
+            or (fabric is not None and fabric.changed())
+        ):
+            self._settle()
+            active = self._in_fabric(job.package)
+        for transfer in job.cut(active, active.sends, active.receives, active.chunk):
+            self._transfer(active, transfer, deadline)
+
+    def finish(self) -> bool:
+        """After a job, what its results need not wait for; False when `recover` has work to do."""
+        if self._draining and self._active is not None and not self._broken:
+            try:
+                self._draining = not self._ask(self._active.engine.drained)
+            except FabricSick as error:
+                _LOG.warning("%s", error)
+        return not self._broken
 
     def configure(self, package: Package) -> None:
         """Put a loaded package into the fabric ahead of `infer`. Raises FabricSick."""
@@ -232,39 +258,49 @@ class FabricDriver:
         except LoadError as error:
             raise FabricSick(str(error)) from error
 
-    def _transfer(
-        self, active: _Active, items: list[Bytes], results: list[Bytes], deadline: float | None
-    ) -> None:
+    def _transfer(self, active: _Active, transfer: Transfer, deadline: float | None) -> None:
         started = self._monotonic()
         if deadline is not None and started >= deadline:
             raise DeadlineExceeded("the deadline passed before the transfer started")
-        count = len(items[0])
-        for slot, part in zip(active.sends, items, strict=True):
-            nbytes = part.size
-            slot.view[:nbytes] = part.reshape(-1)
-            slot.flush(nbytes)
+        engine = active.engine
+        if self._draining:
+            try:
+                self._wait(active, engine.drained, started, deadline)
+            except (FabricSick, *_PYNQ_ERRORS) as error:
+                raise self._failure(active, error) from error
+            self._draining = False
+        for copy in transfer.sends:
+            copy.buffer[:] = copy.client
+            copy.slot.flush(copy.nbytes)
         try:
-            active.engine.begin(count)
+            engine.begin(transfer.items)
             self._unfinished = started
-            self._wait(active, started, deadline)
-            active.engine.check(count)
-        except FabricSick as error:
-            self._broken = True
-            self._trouble = str(error)
-            raise
-        except _PYNQ_ERRORS as error:
-            self._broken = True
-            self._trouble = f"{active.package.name}: transfer refused ({error})"
-            raise FabricSick(self._trouble) from error
+            self._wait(active, engine.finished, started, deadline)
+            engine.check(transfer.items)
+        except (FabricSick, *_PYNQ_ERRORS) as error:
+            raise self._failure(active, error) from error
         self._unfinished = self._trouble = None
+        self._draining = True
         self._transfers += 1
-        for slot, into in zip(active.receives, results, strict=True):
-            nbytes = into.size
-            slot.invalidate(nbytes)
-            into.reshape(-1)[:] = slot.view[:nbytes]
+        for copy in transfer.receives:
+            copy.slot.invalidate(copy.nbytes)
+            copy.client[:] = copy.buffer
 
-    def _wait(self, active: _Active, started: float, deadline: float | None) -> None:
-        while not self._finished(active):
+    def _failure(self, active: _Active, error: Exception) -> FabricSick:
+        self._broken = True
+        if not isinstance(error, FabricSick):
+            error = FabricSick(f"{active.package.name}: transfer refused ({error})")
+        self._trouble = str(error)
+        return error
+
+    def _wait(
+        self,
+        active: _Active,
+        done: Callable[[], bool],
+        started: float,
+        deadline: float | None,
+    ) -> None:
+        while not self._ask(done):
             now = self._monotonic()
             if now - started >= self._hang_after:
                 self._hangs += 1
@@ -281,9 +317,9 @@ class FabricDriver:
             if now - started > _SPIN_SECONDS:
                 time.sleep(_NAP_SECONDS)
 
-    def _finished(self, active: _Active) -> bool:
+    def _ask(self, done: Callable[[], bool]) -> bool:
         try:
-            return active.engine.finished()
+            return done()
         except FabricSick:
             self._dma_errors += 1
             self._broken = True
@@ -299,12 +335,17 @@ class FabricDriver:
             # Not even the reset: there may be nothing at these addresses any more.
             self._fabric.distrust()
             self._leave()
-        elif active is not None and started is not None and not self._broken:
+        elif active is not None and not self._broken:
             try:
-                self._wait(active, started, None)
+                if started is not None:
+                    self._wait(active, active.engine.finished, started, None)
+                    self._draining = True
+                if self._draining:
+                    self._wait(active, active.engine.drained, self._monotonic(), None)
             except FabricSick as error:
                 _LOG.warning("%s", error)
-        broken, self._broken, self._unfinished = self._broken, False, None
+        broken, self._broken = self._broken, False
+        self._unfinished, self._draining = None, False
         if self._active is not None and broken:
             # A core must not write into buffers that are about to be given back.
             self._resets += 1
@@ -352,9 +393,14 @@ class FabricDriver:
         return self._active
 
     def _discard_one(self, active: _Active) -> None:
-        items = [np.zeros((1, slot.item_bytes), np.uint8) for slot in active.sends]
-        results = [np.empty((1, slot.item_bytes), np.uint8) for slot in active.receives]
-        self._transfer(active, items, results, None)
+        package = active.package
+        job = Job(
+            package,
+            [np.zeros((1, port.wire.item_bytes), np.uint8) for port in package.inputs],
+            [np.empty((1, port.wire.item_bytes), np.uint8) for port in package.outputs],
+        )
+        (transfer,) = job.cut(active, active.sends, active.receives, active.chunk)
+        self._transfer(active, transfer, None)
 
     def _download(self, package: Package, limit: int) -> _Active:
         assert self._fabric is not None

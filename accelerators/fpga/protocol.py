@@ -51,6 +51,9 @@ _HEAD = struct.Struct("<4s16sIQ")
 _INFERENCE = struct.Struct("<32sd")
 INFERENCE_BYTES = _INFERENCE.size
 _MAX_RANK = 16
+# Plain numbers: the enumeration's own operators take longer than the system call.
+_CUT_OFF = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
@@ -215,15 +218,15 @@ def receive_request(connection: socket.socket) -> tuple[bytes, int | None] | Non
     None at the end. Raises OSError or ProtocolError.
     """
     packet, ancillary, flags, _ = connection.recvmsg(
-        MESSAGE_LIMIT, _DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC
+        MESSAGE_LIMIT, _DESCRIPTOR_SPACE, _CLOSE_ON_EXEC
     )
-    if not ancillary and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if not ancillary and not flags & _CUT_OFF:
         return (packet, None) if packet else None
     descriptors = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) > 1:
+    if flags & _CUT_OFF or len(descriptors) > 1:
         for descriptor in descriptors:
             os.close(descriptor)
         raise ProtocolError("a message is over the limit, or carries several descriptors")

@@ -23,6 +23,7 @@ from gatelet.accelerators.fpga.transports.axi_dma import decode_errors
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
 from gatelet.simulator.board.boards import simulated_board
+from gatelet.simulator.board.dma import AxiDma, _Channel
 from gatelet.simulator.board.faults import Fault, FaultFile, write_fault
 from gatelet.simulator.board.network import run_network
 
@@ -230,6 +231,91 @@ def test_dma_errors_are_named_and_recovered_from(
         infer(driver, loaded, items(3), None)
     assert infer(driver, loaded, items(3), None).shape == (3, 6)
     assert driver.counters.dma_errors == 1
+
+
+def test_addresses_are_written_once_where_the_dma_keeps_them(
+    driver: FabricDriver, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    honest = AxiDma.write
+
+    def noted(dma: AxiDma, offset: int, value: int) -> None:
+        written.append(offset)
+        honest(dma, offset, value)
+
+    monkeypatch.setattr(AxiDma, "write", noted)
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    infer(driver, loaded, items(3), None)
+    del written[:]
+    for count in (1, 7):
+        np.testing.assert_array_equal(
+            infer(driver, loaded, items(count), None), run_network(layers(0), items(count))
+        )
+    assert written == [0x58, 0x28] * 2
+
+
+def test_addresses_are_written_each_time_where_the_dma_moves_them(
+    driver: FabricDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = _Channel.finish
+
+    def moved(channel: _Channel, count: int) -> None:
+        honest(channel, count)
+        channel.low += count
+
+    monkeypatch.setattr(_Channel, "finish", moved)
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    for count in (3, 1, 7):
+        np.testing.assert_array_equal(
+            infer(driver, loaded, items(count), None), run_network(layers(0), items(count))
+        )
+
+
+@pytest.mark.parametrize("times", [3, 10**9])
+def test_inputs_that_are_still_read_are_not_written_over(
+    driver: FabricDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """The results are there before the DMA says that it has read the inputs; once, or for ever."""
+    left = refill = 0
+    read, write = AxiDma.read, AxiDma.write
+
+    def busy(dma: AxiDma, offset: int) -> int:
+        nonlocal left
+        if offset == 0x04 and left:
+            left -= 1
+            return read(dma, offset) & ~0x2
+        return read(dma, offset)
+
+    def watched(dma: AxiDma, offset: int, value: int) -> None:
+        nonlocal left
+        assert offset != 0x28 or not left, "a transfer began while the one before was reading"
+        if offset == 0x28:
+            left = refill
+        elif offset == 0x00 and value & 0x4:
+            left = 0
+        write(dma, offset, value)
+
+    monkeypatch.setattr(AxiDma, "read", busy)
+    monkeypatch.setattr(AxiDma, "write", watched)
+    loaded = package(tmp_path / "p", max_batch=2)
+    driver.load(loaded)
+    refill = times
+    lasting = times > 100
+    for _ in range(3):
+        np.testing.assert_array_equal(
+            infer(driver, loaded, items(2), None), run_network(layers(0), items(2))
+        )
+    assert driver.counters.hangs == (2 if lasting else 0)
+    if lasting:
+        with pytest.raises(FabricSick, match="no end of the transfer"):
+            infer(driver, loaded, items(4), None)
+        refill = 0
+    assert infer(driver, loaded, items(4), None).shape == (4, 6)
+    assert driver.finish()
+    assert driver.counters.hangs == (4 if lasting else 0)
+    assert driver.counters.reconfigurations == 1 + driver.counters.hangs
 
 
 def test_error_bits_are_decoded() -> None:

@@ -36,10 +36,16 @@ class Engine(Protocol):
         """Start moving `count` items; the input buffers are flushed. Raises FabricSick."""
 
     def finished(self) -> bool:
-        """Whether all is done. Raises FabricSick with the name of the error."""
+        """Whether all results are there. Raises FabricSick with the name of the error."""
 
     def check(self, count: int) -> None:
         """Raise FabricSick when another number of bytes came than `count` items have."""
+
+    def drained(self) -> bool:
+        """Whether the inputs were read to their end too, once all results are there.
+
+        Raises FabricSick.
+        """
 
     def stop(self) -> bool:
         """Stop a transfer; True when the cores certainly touch no memory any more."""
@@ -50,32 +56,37 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A buffer of the fabric: its address, bytes per item, and its memory as plain uint8."""
+    """A buffer of the fabric: its address, bytes per item, and its memory as plain uint8.
+
+    `cached` is the device that has to be told when the memory changes, None where it is coherent.
+    """
 
     address: int
     item_bytes: int
     buffer: Any
     view: npt.NDArray[np.uint8]
     virtual: int
+    cached: Any
+    bo: Any
+    offset: int
 
     @classmethod
     def over(cls, buffer: Any, item_bytes: int) -> Slot:
         return cls(
             int(buffer.device_address), item_bytes, buffer, buffer.view(np.ndarray),
-            int(buffer.virtual_address),
+            int(buffer.virtual_address), None if buffer.coherent else buffer.device, buffer.bo,
+            buffer.offset,
         )  # fmt: skip
 
     def flush(self, nbytes: int) -> None:
         """CPU to memory, of the part that is used: on a Zynq the time goes with the size."""
-        buffer = self.buffer
-        if not buffer.coherent:
-            buffer.device.flush(buffer.bo, buffer.offset, self.virtual, nbytes)
+        if self.cached is not None:
+            self.cached.flush(self.bo, self.offset, self.virtual, nbytes)
 
     def invalidate(self, nbytes: int) -> None:
         """Memory to CPU, of the part that is used."""
-        buffer = self.buffer
-        if not buffer.coherent:
-            buffer.device.invalidate(buffer.bo, buffer.offset, self.virtual, nbytes)
+        if self.cached is not None:
+            self.cached.invalidate(self.bo, self.offset, self.virtual, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,10 @@ def open_engine(place: Workplace) -> Engine:
 
     transport = place.package.transport
     if isinstance(transport, DmaStream):
+        if transport.starter is not None:
+            from .started_stream import StartedStreamEngine
+
+            return StartedStreamEngine(place, transport.dma, transport.starter)
         return AxiDmaEngine(place, transport.dma)
     if isinstance(transport, StartedCores):
         return StartedEngine(place, transport)

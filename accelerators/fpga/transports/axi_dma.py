@@ -33,6 +33,8 @@ class AxiDmaEngine:
         self._registers = place.registers(dma)
         self._send = place.sends[0]
         self._receive = place.receives[0]
+        # Whether the addresses stay as they were written: found out after the first transfer.
+        self._aimed: bool | None = None
 
     def prepare(self) -> None:
         if not self._reset():
@@ -48,8 +50,13 @@ class AxiDmaEngine:
 
     def begin(self, count: int) -> None:
         # Receive first: the core may answer before the sending side is started.
-        self.start_receive(count * self._receive.item_bytes)
-        self.start_send(count * self._send.item_bytes)
+        if self._aimed:
+            write = self._registers.write
+            write(_RECEIVE + _LENGTH, count * self._receive.item_bytes)
+            write(_SEND + _LENGTH, count * self._send.item_bytes)
+        else:
+            self.start_receive(count * self._receive.item_bytes)
+            self.start_send(count * self._send.item_bytes)
 
     def start_receive(self, nbytes: int) -> None:
         self._registers.write_address(_RECEIVE + _ADDRESS, self._receive.address)
@@ -60,13 +67,11 @@ class AxiDmaEngine:
         self._registers.write(_SEND + _LENGTH, nbytes)
 
     def finished(self) -> bool:
-        received = self.idle(_RECEIVE)
-        # Asked even while nothing has come: an error there means that nothing ever will.
-        return self.idle(_SEND) and received
-
-    def sent(self) -> bool:
-        """Whether the sending side alone is done. Raises FabricSick."""
-        return self.idle(_SEND)
+        if self.idle(_RECEIVE):
+            return True
+        # Asked while nothing has come: an error there means that nothing ever will.
+        self.idle(_SEND)
+        return False
 
     def idle(self, side: int) -> bool:
         status = self._registers.read(side + _STATUS)
@@ -84,15 +89,27 @@ class AxiDmaEngine:
                 f"{self._place.package.name}: the core gave {moved} bytes, {expected} were "
                 "expected; the package does not describe this bitstream"
             )
+        if self._aimed is None:
+            self._aimed = self._keeps_addresses()
+
+    def drained(self) -> bool:
+        return self.idle(_SEND)
 
     def stop(self) -> bool:
         return self._reset()
+
+    def _keeps_addresses(self) -> bool:
+        return all(
+            self._registers.read_address(base + _ADDRESS, slot.address) == slot.address
+            for base, slot in ((_RECEIVE, self._receive), (_SEND, self._send))
+        )
 
     def diagnosis(self) -> str:
         return ""
 
     def _reset(self) -> bool:
         registers = self._registers
+        self._aimed = None
         registers.write(_SEND + _CONTROL, _RESET)
         try:
             self._place.until(

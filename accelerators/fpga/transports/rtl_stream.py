@@ -34,7 +34,7 @@ class FabricPort:
     def send(self, packet: bytes) -> None:
         self._fill(packet)
         self._engine.start_send(len(packet))
-        self._place.until(self._engine.sent, "the core does not take a packet", _PACKET_SECONDS)
+        self._place.until(self._engine.drained, "the core does not take a packet", _PACKET_SECONDS)
 
     def exchange(self, packet: bytes, expected: int) -> bytes:
         receive = self._place.receives[0].buffer
@@ -44,6 +44,7 @@ class FabricPort:
         self._engine.start_receive(expected)
         self._engine.start_send(len(packet))
         self._place.until(self._engine.finished, "the core gives no answer", _PACKET_SECONDS)
+        self._place.until(self._engine.drained, "the core does not take a packet", _PACKET_SECONDS)
         receive.invalidate()
         return bytes(np.asarray(receive).view(np.uint8)[:expected])
 

@@ -17,7 +17,7 @@ from ..protocol import FabricSick
 from . import REGISTER_SECONDS, Workplace
 from .registers import Registers
 
-_CONTROL, _START, _DONE, _IDLE = 0x00, 0x1, 0x2, 0x4
+_CONTROL, _START, _DONE, _IDLE, _CONTINUE = 0x00, 0x1, 0x2, 0x4, 0x10
 # BNN-PYNQ's window to the memories inside of the network.
 _DO_INIT, _LAYER, _MEMORY, _INDEX, _THRESHOLD, _VALUE = 0x28, 0x30, 0x38, 0x40, 0x48, 0x50
 _LOADING_SECONDS = 0.05
@@ -32,6 +32,7 @@ class StartedEngine:
         self._registers = {core.core: place.registers(core.core) for core in transport.cores}
         self._weights: list[int] = []
         self._pending: set[str] = set()
+        self._chained = {core.core for core in transport.cores if core.chained}
         # What is left of older weights in the streams between the cores goes out with one item.
         self.warm_up = any(weight.form == "words" for weight in transport.weights)
 
@@ -67,6 +68,8 @@ class StartedEngine:
         for name in tuple(self._pending):
             if self._registers[name].read(_CONTROL) & _DONE:
                 self._pending.discard(name)
+                if name in self._chained:
+                    self._registers[name].write(_CONTROL, _CONTINUE)
         return not self._pending
 
     def check(self, count: int) -> None:

@@ -71,6 +71,9 @@ class VartEngine:
     def check(self, count: int) -> None:
         """The runtime gives whole tensors or an error."""
 
+    def drained(self) -> bool:
+        return True
+
     def stop(self) -> bool:
         return self._done.is_set()
 
