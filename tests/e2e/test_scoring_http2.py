@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import shutil
 import socket
 import subprocess
 import threading
@@ -19,17 +20,15 @@ import pytest
 from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.agent.scoring.h2_headers import literals
-from gatelet.protos import open_inference_pb2 as oip
 from gatelet.protos.services import InferenceStub
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site, serve
+from .h2_peer import INFER, Peer, X, answered, framed, request, send_anyway, status
 
 QUICK = GrpcLimits(
     handshake_timeout_ms=300, max_connection_idle_ms=700, max_message_bytes=4_000_000
 )
-INFER = "/inference.GRPCInferenceService/ModelInfer"
-X = np.arange(4, dtype=np.float32).reshape(1, 4)
 
 
 @pytest.fixture(scope="module")
@@ -43,91 +42,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             }
         )
         yield site
-
-
-def request(model: str = "e", x: np.ndarray = X) -> oip.ModelInferRequest:
-    made = oip.ModelInferRequest(model_name=model, raw_input_contents=[x.tobytes()])
-    made.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    return made
-
-
-def framed(message: bytes, flag: int = 0) -> bytes:
-    return bytes((flag,)) + len(message).to_bytes(4, "big") + message
-
-
-class Peer:
-    """A client made of frames."""
-
-    def __init__(self, site: Site, settings: dict[int, int] | None = None) -> None:
-        host, _, port = site.address.rpartition(":")
-        self.link = socket.create_connection((host, int(port)), timeout=15)
-        self.send(h2.PREFACE, h2.settings(settings or {}))
-        self._buffer = b""
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.link.close()
-
-    def send(self, *frames: bytes) -> None:
-        self.link.sendall(b"".join(frames))
-
-    def call(
-        self, number: int, body: bytes, *more: tuple[bytes, bytes], path: str = INFER, end: int = 1
-    ) -> None:
-        fields = [
-            *((b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode())),
-            *((b"content-type", b"application/grpc"), (b"te", b"trailers"), *more),
-        ]
-        self.send(h2.frame(h2.HEADERS, 4, number, literals(fields)))
-        for at in range(0, len(body), h2.MAX_FRAME):
-            part = body[at : at + h2.MAX_FRAME]
-            last = end if at + len(part) == len(body) else 0
-            self.send(h2.frame(h2.DATA, last, number, part))
-
-    def frames(self) -> Iterator[tuple[int, int, int, bytes]]:
-        while True:
-            while len(self._buffer) >= 9:
-                first, flags, stream = h2.unpack_head(self._buffer, 0)
-                end = 9 + (first >> 8)
-                if len(self._buffer) < end:
-                    break
-                payload, self._buffer = self._buffer[9:end], self._buffer[end:]
-                yield first & 255, flags, stream, payload
-            try:
-                data = self.link.recv(65536)
-            except ConnectionResetError:
-                return
-            if not data:
-                return
-            self._buffer += data
-
-    def ended(self, number: int) -> bytes:
-        """All the payloads of a stream, once it has ended."""
-        got = b""
-        for kind, flags, stream, payload in self.frames():
-            if stream == number and kind in (h2.DATA, h2.HEADERS):
-                got += payload
-                if flags & h2.END_STREAM:
-                    return got
-        raise AssertionError(f"closed before the end of {number}: {got!r}")
-
-    def goodbye(self) -> int:
-        """The code of GOAWAY, once the connection is closed."""
-        codes = [int.from_bytes(f[3][4:8], "big") for f in self.frames() if f[0] == h2.GOAWAY]
-        return codes[-1] if codes else -1
-
-
-def status(answer: bytes) -> int:
-    at = answer.index(b"grpc-status") + len(b"grpc-status")
-    return int(answer[at + 1 : at + 1 + answer[at]])
-
-
-def answered(site: Site) -> None:
-    with grpc.insecure_channel(site.address) as channel:
-        answer = InferenceStub(channel).model_infer(request(), 10)
-    assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == [0, 2, 4, 6]
 
 
 def test_interleaved_calls_on_one_connection(site: Site) -> None:
@@ -217,18 +131,11 @@ def test_floods_end_the_connection_only(site: Site) -> None:
     pings = h2.frame(h2.PING, 0, 0, bytes(8)) * 5000
     for flood in (resets, pings, h2.settings({}) * 5000):
         with Peer(site) as peer:
-            sender = threading.Thread(target=lambda flood=flood: _try(peer, flood))
+            sender = threading.Thread(target=lambda flood=flood: send_anyway(peer, flood))
             sender.start()
             assert peer.goodbye() == h2.ErrorCode.ENHANCE_YOUR_CALM
             sender.join()
     answered(site)
-
-
-def _try(peer: Peer, data: bytes) -> None:
-    try:
-        peer.send(data)
-    except OSError:
-        pass
 
 
 def test_an_answer_waits_for_a_small_window(site: Site) -> None:
@@ -258,12 +165,18 @@ def test_random_and_mutated_bytes(site: Site) -> None:
         for _ in range(random_.randrange(1, 9)):
             data[random_.randrange(len(data))] = random_.randrange(256)
         with Peer(site) as peer:
-            _try(peer, bytes(data))
+            send_anyway(peer, bytes(data))
     answered(site)
     assert psutil.Process().memory_info().rss - memory < 100 * 2**20
 
 
 def test_curl_and_h2load(site: Site, tmp_path: Path) -> None:
+    for tool, package in (("curl", "curl"), ("h2load", "nghttp2-client")):
+        if shutil.which(tool) is None:
+            message = f"{tool} is not installed (Debian: {package})"
+            if os.environ.get("CI") == "true":
+                pytest.fail(message)
+            pytest.skip(message)
     body = tmp_path / "body"
     body.write_bytes(framed(request().SerializeToString()))
     url = f"http://{site.address}{INFER}"
