@@ -342,17 +342,20 @@ class History:
     """What happened before and cannot be seen on the device.
 
     `restarts` by module; `unready` says since when (monotonic) a module holds later start groups
-    back; `discard` are the images to remove.
+    back; `discard` are the images to remove. `proven`: the deployment was good before, so nothing
+    of it is given up: there is nothing better, and what is in its way may go.
     """
 
     restarts: Mapping[str, RestartState] = field(default_factory=dict)
     unready: Mapping[str, float] = field(default_factory=dict)
     discard: tuple[Collect | RemoveImage, ...] = ()
+    proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`steps` may start now; `blocked` are failures that hold a step back, with their reasons.
+    """`steps` may start now; `blocked` are failures, with their reasons, that hold a step back, or of
+    one that is tried although it cannot succeed as things are.
 
     `settled`: every wanted module is at its goal and routed, and nothing else runs or serves.
     `at_goal` names the wanted modules that are as they shall be: running and healthy, ended as

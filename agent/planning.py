@@ -32,6 +32,7 @@ from .plan_types import (
     Load,
     Observed,
     Plan,
+    Probe,
     Pull,
     Resolve,
     Rules,
@@ -110,16 +111,24 @@ class Planning:
             if not self._needs(step.digest):
                 self._add(step)
         held = [self.failures[step] for step in self.steps if step in self.failures]
-        waiting = [f for f in held if not f.retryable or f.retry_at > self.now]
+        waiting = [f for f in held if f.retry_at > self.now or not self._tries_again(f)]
         later = {failure.step for failure in waiting}
+        # What is tried although it cannot succeed as things are stays a reason meanwhile.
+        lost = [f for f in held if not f.retryable and f not in waiting]
+        self.times += [f.retry_at for f in waiting if not f.retryable and self._tries_again(f)]
         return Plan(
             tuple(step for step in self.steps if step not in later),
-            (*self.stopped_by, *waiting),
+            (*self.stopped_by, *waiting, *lost),
             settled,
             self.at_goal,
             tuple(sorted(self.waits.items())),
             min(self.times, default=None),
         )
+
+    def _tries_again(self, failure: Failure) -> bool:
+        # A model that does not load may take the scoring process with it: that is left alone.
+        lasting = self.history.proven and not isinstance(failure.step, (Load, Probe))
+        return failure.retryable or lasting
 
     def _add(self, step: Step | None) -> None:
         """One step per subject: the first one that was found."""

@@ -314,7 +314,12 @@ class Reconciler:
             if goal.wanted.phase == "failed"
             else self._steps.failures,
             self._clock.monotonic(),
-            History(self._restarts.states(), self._unready, self._discard(observed)),
+            History(
+                self._restarts.states(),
+                self._unready,
+                self._discard(observed),
+                proven=goal.wanted.phase == "good",
+            ),
             self._settings.planning(),
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .clock import Clock
+from .plan_containers import RUNNING_STATES
 from .plan_types import Create, Observed, Start, Step, Stop
 from .restarts import (
     NEW,
@@ -16,6 +17,7 @@ from .restarts import (
     before_start,
     before_stop,
     note,
+    was_stopped,
 )
 from .seams import EngineView
 from .store import StateStore
@@ -38,6 +40,7 @@ class RestartMemory:
         self._states = store.restarts()
         self._outages = 0
         self._away = False
+        self._looked = False
 
     def states(self) -> Mapping[str, RestartState]:
         return self._states
@@ -58,7 +61,11 @@ class RestartMemory:
             return
         rebooted = bool(self._boot_id) and self._store.fact(BOOT) != self._boot_id
         revived = rebooted or self._away
-        self._away = False
+        # The engine may have ended with the agent, which runs on it perhaps, and begun again.
+        all_ended = not self._looked and not any(
+            view.state in RUNNING_STATES for view in observed.containers.values()
+        )
+        self._away, self._looked = False, True
         for view in observed.containers.values():
             before = self._states.get(view.module, NEW)
             self._set(
@@ -70,7 +77,7 @@ class RestartMemory:
                     now,
                     wall,
                     unready=self._unready(view.module, before, observed, now),
-                    revived=revived,
+                    revived=revived or (all_ended and was_stopped(view)),
                 ),
             )
         if rebooted:

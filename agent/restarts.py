@@ -59,6 +59,7 @@ class RestartState:
 
 
 NEW = RestartState()
+_STOPPED = (0, 137, 143)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,11 @@ class Verdict:
 def exit_name(view: ContainerView) -> str:
     """Tells the ends of containers apart."""
     return f"{view.id} {view.finished_at.isoformat() if view.finished_at else ''}"
+
+
+def was_stopped(view: ContainerView) -> bool:
+    """Whether it ended as containers do that are stopped: by itself, by SIGTERM or by SIGKILL."""
+    return view.state == "exited" and view.exit_code in _STOPPED and not view.oom_killed
 
 
 def note(

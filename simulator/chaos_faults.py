@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 from .chaos_device import MemoryImages, MemoryScoring
 from .chaos_life import Life
@@ -135,7 +136,9 @@ async def kill(s: World) -> None:
         await asyncio.sleep(s.random.uniform(0, 100))
 
 
-FAULTS = (
+Fault = Callable[[Any], Coroutine[Any, Any, None]]
+
+FAULTS: tuple[Fault, ...] = (
     _link_down,
     _link_silent,
     _link_flaps,

@@ -21,6 +21,7 @@ from ..agent.config import (
 from ..agent.outbox import Limits, Outbox
 from ..agent.process import Agent
 from ..agent.reconcile import ReconcileSettings
+from ..agent.runtime.container import ContainerRuntime
 from ..agent.store import StateStore
 from .chaos_device import MemoryImages, MemoryScoring
 from .chaos_link import MemoryHubLink
@@ -74,7 +75,11 @@ class NoControl:
 
 @dataclass
 class Life:
-    """From start to stop or kill; state.db and outbox.db in `folder` outlive it."""
+    """From start to stop or kill; state.db and outbox.db in `folder` outlive it.
+
+    `runtime`: access to a container engine, None where there is none; `boot` tells the starts of
+    the host apart.
+    """
 
     folder: Path
     clock: Clock
@@ -84,11 +89,13 @@ class Life:
     random: Random
     limits: Limits = field(default_factory=Limits)
     fault: Callable[[str], None] = lambda point: None
+    runtime: ContainerRuntime | None = None
+    boot: str = ""
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
     prune_at: int = 100
 
     def start(self) -> None:
-        config = AgentConfig(
+        self.config = config = AgentConfig(
             device=DeviceConfig(
                 id=DEVICE, state_dir=self.folder, run_dir=self.folder / "run", board="none"
             ),
@@ -115,6 +122,8 @@ class Life:
             control=NoControl,
             settings=SETTINGS,
             jitter=self.random,
+            runtime=self.runtime,
+            boot=self.boot,
         )
         self._stop = asyncio.Event()
         self._main = self.spawn(self.agent.run(self._stop))

@@ -28,11 +28,12 @@ __all__ = ["EngineFaults", "SimulatedEngine", "SimulatedImage", "SimulatedRuntim
 
 @dataclass(slots=True)
 class EngineFaults:
-    """`down`: no answer. `call_seconds`: what each call takes; `pull_seconds`: what each layer
-    takes. `fail` holds failures by call (`pull`, `create`, `start`, `stop`, `remove`, ...), used up
-    one by one, `fail_always` those that stay."""
+    """`down`: no answer. `events_lost`: nobody hears of changes. `call_seconds`: what each call
+    takes; `pull_seconds`: what each layer takes. `fail` holds failures by call (`pull`, `create`,
+    `start`, `stop`, `remove`, ...), used up one by one, `fail_always` those that stay."""
 
     down: bool = False
+    events_lost: bool = False
     call_seconds: float = 0.0
     pull_seconds: float = 0.0
     fail: dict[str, list[RuntimeFailed]] = field(default_factory=dict)
@@ -103,9 +104,39 @@ class SimulatedEngine:
         self._named(name).name = new
         self._notify()
 
+    def pause(self, name: str) -> None:
+        """`docker pause`."""
+        container = self._named(name)
+        if container.state["Running"]:
+            container.state["Status"] = "paused"
+            self._notify()
+
+    def remove(self, name: str) -> None:
+        """`docker rm -f`."""
+        self._drop(self._named(name))
+
+    def wipe(self) -> None:
+        """Another engine in its place: no container is there any more, and no image."""
+        for container in [*self._containers.values()]:
+            self._drop(container)
+        self._present.clear()
+        self._tags.clear()
+
     def create_foreign(self, name: str, image: str) -> None:
-        """A container that gatelet did not make."""
-        self._add(name, self._image(self._tags[image]), {"Image": image})
+        """A container that gatelet did not make, of an image that it may have brought."""
+        digest = self._tags.get(image) or next(iter(self._present))
+        self._add(name, self._image(digest), {"Image": image})
+
+    def find(self, name: str) -> SimulatedContainer | None:
+        return self._find(name)
+
+    def containers(self) -> tuple[SimulatedContainer, ...]:
+        """All of them, whoever made them."""
+        return tuple(self._containers.values())
+
+    def image_digests(self) -> frozenset[str]:
+        """What was pulled and is there."""
+        return frozenset(self._present)
 
     def inspect(self, name: str) -> dict[str, Any]:
         return self._named(name).inspect()
@@ -143,6 +174,11 @@ class SimulatedEngine:
             if container.name == name:
                 return container
         return None
+
+    def _drop(self, container: SimulatedContainer) -> None:
+        container.end(SIGKILL)
+        self._containers.pop(container.id, None)
+        self._notify()
 
     def _image(self, digest: str) -> SimulatedImage:
         return self._present[digest][0]

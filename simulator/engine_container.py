@@ -218,11 +218,11 @@ class SimulatedContainer:
         """Wait until it ended, by itself or killed after `seconds`."""
         ended = asyncio.Event()
         self._watchers.append(ended)
-        timer = asyncio.get_running_loop().call_later(seconds, self.end, SIGKILL)
+        # Also when nobody waits any more.
+        self._later(seconds, lambda: self.end(SIGKILL))
         try:
             await ended.wait()
         finally:
-            timer.cancel()
             self._watchers.remove(ended)
 
     def feel(self, *, sick: bool) -> None:

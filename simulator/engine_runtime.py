@@ -28,7 +28,7 @@ from ..agent.runtime.inspection import container_view
 from ..agent.runtime.policy import DockerPolicy, stop_seconds
 from ..modules.errors import InvalidReference
 from ..modules.oci.reference import ImageRef
-from .engine_container import SIGKILL, SIGTERM, SimulatedContainer, SimulatedImage
+from .engine_container import SIGTERM, SimulatedContainer, SimulatedImage
 
 if TYPE_CHECKING:
     from .engine import SimulatedEngine
@@ -129,7 +129,7 @@ class SimulatedRuntime:
     async def containers(self) -> tuple[ContainerView, ...]:
         await self._engine.answer("containers", "list containers")
         views = [
-            container_view(container.inspect(), _drift(container))
+            container_view(container.inspect(), drift_of(container))
             for container in self._engine._containers.values()
             if self._is_ours(container)
         ]
@@ -147,9 +147,9 @@ class SimulatedRuntime:
                     retryable=False,
                 )
             same = leftover.labels.get(SPEC_LABEL) == spec.fingerprint()
-            if same and leftover.state["Status"] == "created" and not _drift(leftover):
+            if same and leftover.state["Status"] == "created" and not drift_of(leftover):
                 return
-            self._remove(leftover)
+            engine._drop(leftover)
         if spec.digest not in engine._present:
             raise RuntimeFailed(
                 f"cannot {doing}: the engine has no {spec.image} at {spec.digest}; "
@@ -195,12 +195,7 @@ class SimulatedRuntime:
         await self._engine.answer("remove", f"remove container {name}")
         container = self._engine._find(name)
         if container is not None:
-            self._remove(container)
-
-    def _remove(self, container: SimulatedContainer) -> None:
-        container.end(SIGKILL)
-        self._engine._containers.pop(container.id, None)
-        self._engine._notify()
+            self._engine._drop(container)
 
     async def logs(self, name: str, wanted: LogFilter, *, follow: bool) -> AsyncIterator[LogLine]:
         engine, doing = self._engine, f"read the logs of container {name}"
@@ -240,7 +235,8 @@ class SimulatedRuntime:
                 engine._reachable(doing)
                 if self._closed:
                     raise unreachable(doing, SOCKET, "closed")
-                yield None
+                if not engine.faults.events_lost:
+                    yield None
 
     def _is_ours(self, container: SimulatedContainer) -> bool:
         labels = container.labels
@@ -264,7 +260,8 @@ class _Waker:
             wakers.discard(self._event)
 
 
-def _drift(container: SimulatedContainer) -> tuple[str, ...]:
+def drift_of(container: SimulatedContainer) -> tuple[str, ...]:
+    """What somebody changed on it since it was made."""
     inspect = container.inspect()
     created = json.loads(container.labels.get(CREATED_LABEL, "{}"))
     if not created:

@@ -59,7 +59,7 @@ class WatchedDevice(Device):
         runtime = self.hold.runtime
         stop = runtime.stop
 
-        async def watched(name: str, timeout: float = 10.0) -> None:
+        async def watched(name: str, timeout: float | None = None) -> None:
             self.judge(name)
             await stop(name, timeout)
 

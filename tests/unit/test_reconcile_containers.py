@@ -11,6 +11,7 @@ from container_world import HEALTHCHECK, Device, manifest, play
 from gatelet.agent.conditions import conditions
 from gatelet.agent.plan_types import Stop
 from gatelet.agent.runtime.container import RuntimeFailed
+from gatelet.agent.snapshot import Snapshot
 
 V1, V2 = "r.io/app:1", "r.io/app:2"
 
@@ -682,5 +683,88 @@ def test_the_agent_does_not_wait_for_a_container_that_takes_its_time_to_end() ->
         device.start()
         await device.until(lambda: device.phase() == "good")
         assert device.containers() == {"aa": f"{V2} running"}
+
+    play(scenario)
+
+
+def test_a_good_deployment_comes_back_by_itself_when_what_had_its_name_is_gone() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        device.engine.remove("aa")
+        device.engine.create_foreign("aa", V1)
+        await device.until(lambda: status(device, "aa")[0] == "failed")
+        assert "docker rename aa" in status(device, "aa")[1]
+        assert device.phase() == "good"
+        await asyncio.sleep(3600)
+        assert status(device, "aa")[0] == "failed"
+        device.engine.rename("aa", "theirs")
+        await device.until(lambda: status(device, "aa")[0] == "running", 150)
+        assert device.containers() == {"aa": f"{V1} running", "theirs": f"{V1} created"}
+
+    play(scenario)
+
+
+def test_an_outage_of_hours_does_not_change_the_report_with_every_attempt() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        device.registry.up = False
+        told = set()
+        publish_of = device.reconciler._publish
+
+        def note(snapshot: Snapshot) -> None:
+            publish_of(snapshot)
+            told.add(status(device, "aa"))
+
+        device.reconciler._publish = note  # type: ignore[method-assign]
+        device.reconciler.submit("local", 0, manifest(aa=V2), always=True)
+        await asyncio.sleep(12 * 3600)
+        assert status(device, "aa")[0] == "backoff"
+        assert "more than 300 attempts" in status(device, "aa")[1]
+        assert len(told) < 12
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("policy", ["never", "on-failure", "on-unhealthy", "always"])
+@pytest.mark.parametrize("code", [0, 143, 137])
+def test_containers_that_ended_with_an_engine_while_no_agent_looked_start_again(
+    policy: str, code: int
+) -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        entry = {"image": V1, "restartPolicy": policy}
+        await device.good(manifest(aa=entry, bb=entry))
+        await device.kill()
+        for container in device.engine.containers():
+            container.end(code)
+        device.start()
+        await device.until(lambda: set(device.containers().values()) == {f"{V1} running"}, 20)
+        assert all(state.count == 0 for state in device.store.restarts().values())
+
+    play(scenario)
+
+
+def test_what_ended_by_itself_while_no_agent_looked_is_not_started_again() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        entry = {"image": V1, "restartPolicy": "on-failure"}
+        await device.good(manifest(job=entry, web=V1))
+        await device.kill()
+        device.engine._named("job").end(0)
+        device.start()
+        await device.settled()
+        await asyncio.sleep(3600)
+        assert device.containers() == {"job": f"{V1} exited", "web": f"{V1} running"}
+        # Neither is what ended alone by an error, at once and uncounted.
+        await device.kill()
+        for container in device.engine.containers():
+            container.end(3)
+        device.start()
+        await device.until(
+            lambda: "web" in {n for n, s in device.containers().items() if "run" in s}
+        )
+        assert device.store.restarts()["web"].count == 1
 
     play(scenario)
