@@ -354,8 +354,8 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`steps` may start now; `blocked` are failures, with their reasons, that hold a step back, or of
-    one that is tried although it cannot succeed as things are.
+    """`steps` may start now; `blocked` are failures, with their reasons, that hold a step back, or
+    of one that is tried although it cannot succeed as things are.
 
     `settled`: every wanted module is at its goal and routed, and nothing else runs or serves.
     `at_goal` names the wanted modules that are as they shall be: running and healthy, ended as
