@@ -29,7 +29,8 @@ SHUTDOWN_MANAGERS = ("pr_axi_shutdown_manager", "dfx_axi_shutdown_manager")
 class Cell:
     """A core of the design: `name` with its hierarchy ("hier_0/axi_dma_0"), `kind` its type.
 
-    `parameters` with names in lower case; `registers` name -> offset; `base` None without any.
+    `parameters` with names in lower case; `registers` name -> offset; `base` None without any;
+    `chained`: its control register has the bit of ap_ctrl_chain (UG1399).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Cell:
     registers: Mapping[str, int]
     base: int | None = None
     size: int = 0
+    chained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class _Open:
     vlnv: str
     parameters: dict[str, str] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
+    chained: bool = False
 
 
 class _Reader:
@@ -180,6 +183,8 @@ class _Reader:
             self._register = get("NAME", "")
         elif tag == "FIELD":
             self._in_field = True
+            if self._register is not None and get("NAME") == "AP_CONTINUE":
+                self._cell.chained = True
         elif tag == "PROPERTY":
             offset = _number(get("VALUE", ""))
             wanted = self._register is not None and not self._in_field
@@ -211,7 +216,7 @@ class _Reader:
             base, size = ranges.get(name, (None, 0))
             cells[name] = Cell(
                 name, cell.kind, cell.vlnv, MappingProxyType(cell.parameters),
-                MappingProxyType(cell.registers), base, size,
+                MappingProxyType(cell.registers), base, size, cell.chained,
             )  # fmt: skip
             if cell.kind in _CLOCK_PARAMETERS:
                 try:

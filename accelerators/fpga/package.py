@@ -73,13 +73,6 @@ class Signature:
 
 
 @dataclass(frozen=True, slots=True)
-class DmaStream:
-    """One AXI DMA in simple mode with the network between its channels. `dma` is a cell's name."""
-
-    dma: str
-
-
-@dataclass(frozen=True, slots=True)
 class Pointer:
     """The register (offset from the core) that takes a buffer's address, and which buffer.
 
@@ -93,11 +86,26 @@ class Pointer:
 
 @dataclass(frozen=True, slots=True)
 class StartedCore:
-    """An HLS core with ap_ctrl_hs: control at 0, pointers, and the items to do at `count`."""
+    """An HLS core: control at 0, pointers, and the items to do at `count`.
+
+    `chained`: its block protocol is ap_ctrl_chain, where it goes on once it is told to.
+    """
 
     core: str
     pointers: tuple[Pointer, ...]
     count: int | None
+    chained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DmaStream:
+    """One AXI DMA in simple mode with the network between its channels. `dma` is a cell's name.
+
+    `starter` is a network that has to be started for each transfer, without pointers.
+    """
+
+    dma: str
+    starter: StartedCore | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,8 @@ def _cores(package: Package, found: Found) -> list[Check]:
     elif isinstance(transport, VartRunner):
         return []
     else:
-        names = [transport.dma]
+        starter = transport.starter
+        names = [transport.dma, *([] if starter is None else [starter.core])]
     checks = []
     for name in dict.fromkeys(names):
         try:

@@ -1,7 +1,9 @@
 """HLS cores with ap_ctrl_hs that fetch and store by themselves: FINN's IODMA and its like.
 
 Control at 0: start 1, done 2 (cleared by reading), idle 4. Source: UG902, "AXI4-Lite Slave
-Interface". All cores of a design drive one engine: it runs when each has been started.
+Interface". One with ap_ctrl_chain stays done, and does not start again, until continue (16) is
+written (UG1399, "Block-Level Control Protocols"). All cores of a design drive one engine: it runs
+when each has been started.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from .faults import Fault, FaultFile, spoil
 from .memory import ContiguousMemory
 from .registers import RegisterBank
 
-_START, _DONE, _IDLE = 0x1, 0x2, 0x4
+_START, _DONE, _IDLE, _CONTINUE = 0x1, 0x2, 0x4, 0x10
 # BNN-PYNQ's window to the memories of the network.
 _DO_INIT, _PLACE, _VALUE = 0x28, (0x30, 0x38, 0x40, 0x48), 0x50
 
@@ -97,6 +99,7 @@ class ApCore:
         """BNN-PYNQ: (layer, unit, index, threshold) -> value."""
         self._count = described.get("count")
         self._window = bool(described.get("window"))
+        self._chained = bool(described.get("chained"))
         self._values: dict[int, int] = {}
         self._dataflow = dataflow
         self._done = False
@@ -117,13 +120,18 @@ class ApCore:
         if offset:
             return self._values.get(offset, 0)
         self._dataflow.advance()
+        if self._chained:
+            waits = self.running or self._done
+            return (_START if self.running else 0 if waits else _IDLE) | _DONE * self._done
         done, self._done = self._done, False
         return (_START if self.running else _IDLE) | (_DONE if done else 0)
 
     def write(self, offset: int, value: int) -> None:
         if offset:
             self._values[offset] = value
-        elif value & _START and not self.running:
+        elif value & _CONTINUE and self._chained:
+            self._done = False
+        elif value & _START and not self.running and not (self._chained and self._done):
             if self._window and self._values.get(_DO_INIT):
                 place = tuple(self._values.get(part, 0) for part in _PLACE)
                 self.written[place] = self.address(_VALUE)

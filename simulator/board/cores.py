@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -60,6 +60,47 @@ class EngineStream:
         whole = len(stream) // size * size
         self._pending = stream[whole:]
         return self._engine.run([stream[:whole]], {})[0] if whole else b""
+
+
+class StartedStream:
+    """An engine between the streams that takes items after it was started, as many as it was told.
+
+    Registers as in `ap_core`; `described`: {"name", "count", "chained"}.
+    """
+
+    def __init__(self, engine: Engine, described: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._count = int(described["count"])
+        self._chained = bool(described.get("chained"))
+        self._values: dict[int, int] = {}
+        self._pending = b""
+        self._running = self._done = False
+
+    def process(self, packet: bytes) -> bytes:
+        self._pending += packet
+        (size,) = self._engine.item_bytes
+        wanted = self._values.get(self._count, 0) * size
+        if not self._running or not wanted or len(self._pending) < wanted:
+            return b""
+        taken, self._pending = self._pending[:wanted], self._pending[wanted:]
+        self._running, self._done = False, True
+        return self._engine.run([taken], {})[0]
+
+    def read(self, offset: int) -> int:
+        if offset:
+            return self._values.get(offset, 0)
+        idle = not self._running and not (self._chained and self._done)
+        status = 1 * self._running | 2 * self._done | 4 * idle
+        self._done = self._done and self._chained
+        return status
+
+    def write(self, offset: int, value: int) -> None:
+        if offset:
+            self._values[offset] = value
+        elif value & 0x10 and self._chained:
+            self._done = False
+        elif value & 1 and not (self._chained and self._done):
+            self._running = True
 
 
 class DecoupledStream:
@@ -132,6 +173,11 @@ class Configuration:
         engine = open_engine(container)
         if not container.cores:
             self._stream = EngineStream(engine)
+            return
+        if container.cores[0].get("stream"):
+            started = StartedStream(engine, container.cores[0])
+            self._stream = started
+            self._registers[str(container.cores[0]["name"])] = started
             return
         dataflow = Dataflow(engine, memory, faults, self._banks)
         for described in container.cores:

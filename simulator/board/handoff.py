@@ -42,9 +42,18 @@ _DMA_CHANNEL_REGISTERS = (
 )  # fmt: skip
 
 
+_CHAINED = (
+    ("AP_START", 0, 1, "read-write"), ("AP_DONE", 1, 1, "read-only"),
+    ("AP_IDLE", 2, 1, "read-only"), ("AP_CONTINUE", 4, 1, "read-write"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class LiteCore:
-    """A core with an AXI-Lite window of `size` bytes at `base`; `registers` name -> offset."""
+    """A core with an AXI-Lite window of `size` bytes at `base`; `registers` name -> offset.
+
+    `chained`: its control register has the bit of ap_ctrl_chain.
+    """
 
     name: str
     vlnv: str
@@ -52,6 +61,7 @@ class LiteCore:
     registers: tuple[tuple[str, int], ...] = ()
     size: int = 0x10000
     masters_memory: bool = False
+    chained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +260,8 @@ def _lite_module(lite: LiteCore) -> _Module:
             "          <REGISTERS>",
         ]
         for name, offset in lite.registers:
-            lines += _register_lines(name, offset, name, ())
+            fields = _CHAINED if lite.chained and name == "CTRL" else ()
+            lines += _register_lines(name, offset, name, fields)
         module.body = [*lines, "          </REGISTERS>", "        </ADDRESSBLOCK>",
                        "      </ADDRESSBLOCKS>"]  # fmt: skip
     return module

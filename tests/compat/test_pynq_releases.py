@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-FILES = ("test_fpga_board.py", "test_fpga_driver.py", "test_fpga_finn.py")
+FILES = (
+    "test_fpga_board.py", "test_fpga_driver.py", "test_fpga_finn.py", "test_fpga_partial.py",
+)  # fmt: skip
 
 # What was imported and how each file fared, told by the process itself.
 PLUGIN = """

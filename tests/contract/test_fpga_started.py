@@ -82,40 +82,127 @@ def test_a_finn_package_on_other_boards_and_above_four_gibibytes(
     np.testing.assert_array_equal(run(driver, package, x), network.reference([x])[0])
 
 
-def test_a_kernel_of_vitis_unified_serves(open_driver: Any, tmp_path: Path) -> None:
+def unified(
+    folder: Path, core: LiteCore, container: Container, config: str, dma: str | None = None
+) -> None:
+    """What VitisUnified leaves behind, as far as a device needs it."""
+    design = StreamDesign(
+        "system", PART, 187.5, 23, dma=dma, core=core.name, core_vlnv=core.vlnv, lite=(core,)
+    )
+    write_bitstream(folder / "export/system.bit", PART, container, design)
+    (folder / "hls4ml_config.yml").write_text(f"Backend: VitisUnified\nProjectName: net\n{config}")
+
+
+def floats(*sizes: int) -> list[dict[str, Any]]:
+    return [{"element": "FLOAT32", "shape": [size], "inner": size} for size in sizes]
+
+
+CONTROL = (("CTRL", 0), ("GIER", 4), ("IP_IER", 8), ("IP_ISR", 12))
+NAME = "xilinx.com:hls:net_axi_master:1.0"
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["ap_ctrl_hs", "ap_ctrl_chain"])
+def test_a_kernel_of_vitis_unified_serves(open_driver: Any, tmp_path: Path, chained: bool) -> None:
     from onnx import helper
 
     # Whole numbers, so that no order of sums matters.
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-9, 9, (6, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Add", ["z", "z"], ["t"]),
+    ]
+    model = graph(nodes, {"x": [6], "z": [3]}, {"y": [4], "t": [3]}, {"w": weights})
+    # An input whose name has "out" in it, and outputs before inputs.
+    ports = ("out0_ptr_y", "in0_ptr_outer", "out1_ptr_t", "in1_ptr_z")
+    registers = (
+        *CONTROL,
+        *(
+            (f"gmem_{port}_{half}", 0x10 + 12 * place + 4 * (half - 1))
+            for place, port in enumerate(ports) for half in (1, 2)
+        ),
+        ("batch_size", 0x40),
+    )  # fmt: skip
+    core = LiteCore("net_axi_master_1", NAME, 0xA0000000, registers, masters_memory=True,
+                    chained=chained)  # fmt: skip
+    described = {
+        "name": core.name, "count": 0x40, "chained": chained,
+        "pointers": [[0x10, "out", 0], [0x1C, "in", 0], [0x28, "out", 1], [0x34, "in", 1]],
+    }  # fmt: skip
+    engine = {"kind": "graph", "inputs": floats(6, 3), "outputs": floats(4, 3)}
+    folder = tmp_path / "p"
+    unified(
+        folder, core, Container(engine, (described,), {"model": model}),
+        "VitisUnifiedConfig:\n  axi_mode: axi_master\n  InputDtype: float\n  OutputDtype: float\n",
+    )  # fmt: skip
+    x, z = TensorSpec("x", "FP32", (-1, 2, 3)), TensorSpec("z", "FP32", (-1, 3))
+    y, t = TensorSpec("y", "FP32", (-1, 4)), TensorSpec("t", "FP32", (-1, 3))
+    with pytest.raises(LoadError, match="the kernel has 2 inputs, 1 are described"):
+        probe(folder, Signature((x,), (y, t)))
+    package = probe(folder, Signature((x, z), (y, t)))
+    driver = open_driver(HIGH)
+    driver.load(package)
+    for count in (9, 4):
+        tensors = [rng.integers(-99, 99, (count, *s.shape[1:])).astype(np.float32) for s in (x, z)]
+        items = [encode(t, port) for t, port in zip(tensors, package.inputs, strict=True)]
+        sums, twice = driver.infer(package, items, time.monotonic() + 10)
+        np.testing.assert_array_equal(
+            decode(sums, package.outputs[0]), tensors[0].reshape(count, 6) @ weights
+        )
+        np.testing.assert_array_equal(decode(twice, package.outputs[1]), 2 * tensors[1])
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["ap_ctrl_hs", "ap_ctrl_chain"])
+def test_a_streaming_kernel_of_vitis_unified_is_started_for_each_transfer(
+    open_driver: Any, tmp_path: Path, chained: bool
+) -> None:
+    from onnx import helper
+
     weights = np.random.default_rng(0).integers(-9, 9, (6, 4)).astype(np.float32)
     model = graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": [6]}, {"y": [4]}, {"w": weights}
     )
-    registers = (
-        ("CTRL", 0), ("GIER", 4), ("IP_IER", 8), ("IP_ISR", 12), ("gmem_in0_ptr_1", 0x10),
-        ("gmem_in0_ptr_2", 0x14), ("gmem_out0_ptr_1", 0x1C), ("gmem_out0_ptr_2", 0x20),
-        ("amtQuery", 0x28),
-    )  # fmt: skip
-    core = LiteCore("net_0", "xilinx.com:hls:net:1.0", 0xA0000000, registers, masters_memory=True)
-    engine = {
-        "kind": "graph",
-        "inputs": [{"element": "FLOAT32", "shape": [6], "inner": 6}],
-        "outputs": [{"element": "FLOAT32", "shape": [4], "inner": 4}],
-    }
-    described = {"name": "net_0", "pointers": [[0x10, "in", 0], [0x1C, "out", 0]], "count": 0x28}
+    name = "net_axi_stream_1"
+    core = LiteCore(name, NAME, 0xA0000000, (*CONTROL, ("batch_size", 0x10)), chained=chained)
+    described = {"name": name, "count": 0x10, "stream": True, "chained": chained}
+    engine = {"kind": "graph", "inputs": floats(6), "outputs": floats(4)}
     folder = tmp_path / "p"
-    write_bitstream(
-        folder / "export/system.bit", PART, Container(engine, (described,), {"model": model}),
-        StreamDesign("system", PART, 187.5, dma=None, lite=(core,)),
+    unified(
+        folder, core, Container(engine, (described,), {"model": model}),
+        "VitisUnifiedConfig:\n  axi_mode: axi_stream\n", dma="axi_dma_0",
     )  # fmt: skip
-    (folder / "hls4ml_config.yml").write_text("Backend: VitisUnified\nProjectName: net\n")
     signature = Signature(
         (TensorSpec("x", "FP32", (-1, 2, 3)),), (TensorSpec("y", "FP32", (-1, 4)),)
     )
     package = probe(folder, signature)
     driver = open_driver(HIGH)
     driver.load(package)
-    x = np.random.default_rng(1).integers(-99, 99, (9, 2, 3)).astype(np.float32)
-    np.testing.assert_array_equal(run(driver, package, x), x.reshape(9, 6) @ weights)
+    for count in (9, 1, 30):
+        x = np.random.default_rng(count).integers(-99, 99, (count, 2, 3)).astype(np.float32)
+        np.testing.assert_array_equal(run(driver, package, x), x.reshape(count, 6) @ weights)
+    # A network that swallows its items without an end is told from one that was never started.
+    registers = driver._device.fabric.registers(name)
+    registers.process = lambda packet: b""
+    with pytest.raises(FabricSick, match=f"{name} busy"):
+        run(driver, package, x)
+
+
+def test_settings_of_vitis_unified_that_are_none_of_its_own(tmp_path: Path) -> None:
+    core = LiteCore("k", NAME, 0xA0000000, (*CONTROL, ("batch_size", 0x10)))
+    config = "VitisUnifiedConfig:\n  axi_mode: {}\n  InputDtype: double\n"
+    unified(tmp_path, core, Container({}), config.format("axi_lite"), "axi_dma_0")
+    with pytest.raises(LoadError, match="axi_mode axi_lite is not supported"):
+        probe(tmp_path)
+    unified(tmp_path, core, Container({}), config.format("axi_stream"), "axi_dma_0")
+    signature = Signature((TensorSpec("x", "FP64", (-1, 3)),), ())
+    assert probe(tmp_path, signature).inputs[0].wire.item_bytes == 24
+    unified(tmp_path, core, Container({}), config.format("axi_master"), "axi_dma_0")
+    with pytest.raises(LoadError, match="no core with control, pointers"):
+        probe(tmp_path)
+    other = LiteCore("k", NAME, 0xA0000000, (*CONTROL, ("items", 0x10)))
+    unified(tmp_path, other, Container({}), config.format("axi_stream"), "axi_dma_0")
+    with pytest.raises(LoadError, match="0 cores with control and batch_size"):
+        probe(tmp_path)
 
 
 class _Tensor:
