@@ -26,8 +26,9 @@ from ..bench import onnx_models
 from ..bench.scoring_site import Site, serve
 from .h2_peer import INFER, Peer, X, answered, framed, request, send_anyway, status
 
+BOMB = gzip.compress(bytes(20_000_000))
 QUICK = GrpcLimits(
-    handshake_timeout_ms=300, max_connection_idle_ms=700, max_message_bytes=4_000_000
+    handshake_timeout_ms=1000, max_connection_idle_ms=2000, max_message_bytes=4_000_000
 )
 
 
@@ -63,8 +64,7 @@ def test_gzip_and_other_encodings(site: Site) -> None:
         assert b"identity, gzip" in answer
         peer.call(5, framed(plain, 1))
         assert status(peer.ended(5)) == 13
-        bomb = gzip.compress(bytes(50_000_000))
-        peer.call(7, framed(bomb, 1), (b"grpc-encoding", b"gzip"))
+        peer.call(7, framed(BOMB, 1), (b"grpc-encoding", b"gzip"))
         assert status(peer.ended(7)) == 8
 
 
@@ -118,7 +118,7 @@ def test_silent_and_idle_connections_are_closed(site: Site) -> None:
         assert idle.goodbye() == 0
         while silent.recv(4096):
             pass
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
 
 
 def test_floods_end_the_connection_only(site: Site) -> None:
