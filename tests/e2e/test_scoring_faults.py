@@ -1,7 +1,6 @@
 """Clients that misbehave and bursts that are too large: the right status, bounded memory, no harm.
 
-Silent gRPC connections are in test_scoring_process.py, crashes in test_scoring_crash.py and
-tests/crash.
+gRPC's are in test_scoring_call_faults.py, crashes in test_scoring_crash.py and tests/crash.
 """
 
 from __future__ import annotations
@@ -304,28 +303,6 @@ async def test_1000_parallel_http_requests(process: ScoringProcess) -> None:
     assert answered(process.site.http) < PROMPT
 
 
-def test_1000_parallel_grpc_calls(process: ScoringProcess) -> None:
-    request = oip.ModelInferRequest(model_name="e", raw_input_contents=[bytes(16)])
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    before = memory(process)
-    with ExitStack() as channels:
-        stubs = [
-            InferenceStub(
-                channels.enter_context(
-                    grpc.insecure_channel(
-                        process.site.address, [("grpc.use_local_subchannel_pool", 1)]
-                    )
-                )
-            )
-            for _ in range(10)
-        ]
-        calls = [stubs[n % 10].model_infer.future(request, 30) for n in range(1000)]
-        codes = Counter(call.code().name for call in calls if call.exception() or True)
-    assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED"}, codes
-    assert codes["OK"] >= 200, codes
-    assert memory(process) - before < 150 * MIB
-
-
 def binary(megabytes: int) -> tuple[bytes, dict[str, str]]:
     rows = megabytes * MIB // 8
     text = json.dumps(
@@ -355,15 +332,6 @@ def test_messages_up_to_64_mib(process: ScoringProcess) -> None:
     connection.request("POST", "/v2/models/big/infer", body, headers)
     assert connection.getresponse().status == 413
     connection.close()
-
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    with grpc.insecure_channel(process.site.address, options) as channel:
-        for megabytes, code in ((63, "OK"), (65, "RESOURCE_EXHAUSTED")):
-            rows = megabytes * MIB // 8
-            request = oip.ModelInferRequest(model_name="big", raw_input_contents=[bytes(rows * 8)])
-            request.inputs.add(name="x", datatype="FP32", shape=[rows, 2])
-            call = InferenceStub(channel).model_infer.future(request, 60)
-            assert call.code().name == code
 
 
 def test_many_large_bodies_at_once_do_not_fill_the_memory(process: ScoringProcess) -> None:
@@ -485,17 +453,6 @@ def test_calls_that_are_given_up_end_without_harm(tmp_path: Path, folder: Path) 
 
 
 def test_deadlines_of_a_millisecond(process: ScoringProcess) -> None:
-    request = oip.ModelInferRequest(model_name="e", raw_input_contents=[bytes(16)])
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    with grpc.insecure_channel(process.site.address) as channel:
-        stub = InferenceStub(channel)
-        stub.server_live(oip.ServerLiveRequest(), 10)
-        codes = Counter(
-            call.code().name
-            for call in [stub.model_infer.future(request, 0.001) for _ in range(200)]
-        )
-    # A full queue says UNAVAILABLE at once, which is no worse.
-    assert set(codes) <= {"OK", "DEADLINE_EXCEEDED", "UNAVAILABLE"}, codes
     message = json.loads(BODY)
     message["parameters"] = {"timeout": 1}
     connection = http.client.HTTPConnection(process.site.http, timeout=20)

@@ -134,6 +134,11 @@ class ScoringHost(RunningDevice):
                 last = str(error)
             await asyncio.sleep(0.02)
 
+    async def running(self) -> tuple[str, str, int]:
+        """The container, since when it runs, and how often it was restarted."""
+        found = await asyncio.to_thread(self.engine.client.inspect_container, "scorer")
+        return found["Id"], found["State"]["StartedAt"], found["RestartCount"]
+
     def total(self) -> Any:
         with ScoringClient(self.grpc_address) as client:
             return client.infer("scorer", X)["total"].tolist()
@@ -165,8 +170,11 @@ async def test_what_dies_is_restarted_and_answers_again(host: ScoringHost) -> No
     await host.until_good(host.deploy("2"))
     await asyncio.to_thread(host.engine.client.kill, "scorer")
     await host.until_scored(2)
+    # A crash of the process before it leaves the container as it is, and with it the model.
+    before = await host.running()
     await host.kill("scoring")
     await host.until_scored(2)
+    assert await host.running() == before
 
 
 async def test_what_the_policy_does_not_permit_is_refused_by_its_path(host: ScoringHost) -> None:

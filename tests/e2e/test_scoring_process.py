@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import selectors
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -114,38 +112,3 @@ def test_ends_with_its_parent(tmp_path: Path) -> None:
         os.kill(parent.pid, signal.SIGKILL)
     psutil.wait_procs([child], timeout=TIMEOUT)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-
-
-def test_silent_connections_are_closed_and_disturb_nobody(tmp_path: Path) -> None:
-    with scoring_process(tmp_path / "s") as scoring:
-        scoring.site.deploy({"e": onnx_models.scale_folder(tmp_path / "m", 2)})
-        host, _, port = scoring.site.address.rpartition(":")
-        preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-        started = time.monotonic()
-        selector = selectors.DefaultSelector()
-        for number in range(800):
-            connection = socket.create_connection((host, int(port)))
-            # Every other one says hello in HTTP/2 and then nothing.
-            if number % 2:
-                connection.sendall(preface)
-            selector.register(connection, selectors.EVENT_READ)
-        with ScoringClient(scoring.site.address) as client:
-            assert client.infer("e", {"x": X})["total"].tolist() == [[8.0]]
-            while selector.get_map() and time.monotonic() < started + 10:
-                for key, _ in selector.select(0.5):
-                    connection = key.fileobj
-                    assert isinstance(connection, socket.socket)
-                    try:
-                        open_still = connection.recv(4096)
-                    except ConnectionResetError:
-                        open_still = b""
-                    if not open_still:
-                        selector.unregister(connection)
-                        connection.close()
-            elapsed = time.monotonic() - started
-            left = len(selector.get_map())
-            for key in list(selector.get_map().values()):
-                key.fileobj.close()  # type: ignore[union-attr]
-            selector.close()
-            assert (left, elapsed < 8) == (0, True)
-            assert client.infer("e", {"x": X})["total"].tolist() == [[8.0]]
