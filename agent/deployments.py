@@ -16,7 +16,7 @@ from .plan import Kind, UpdateMode, Wanted, WantedModule
 from .runtime.container import SCORING_LABEL, ContainerSpec
 from .runtime.scoring_module import is_scoring
 from .scoring_env import ScoringOptions, given_labels, scoring_options
-from .store import Deployment, Pin
+from .store_types import Deployment, Pin
 
 
 @dataclass(frozen=True, slots=True)

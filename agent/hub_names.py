@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .store import StateStore, StoreError
+from .store import StateStore
+from .store_types import StoreError
 
 if TYPE_CHECKING:
     from .identity.login import Login

@@ -11,7 +11,8 @@ from .clock import Clock
 from .image_retention import Disk, HeldImage, RetentionRules, discard, note_images
 from .plan_types import Collect, RemoveImage
 from .seams import EngineView, StoredView
-from .store import KnownImage, StateStore
+from .store import StateStore
+from .store_types import KnownImage
 
 LOOK_SECONDS = 10.0
 SAVE_SECONDS = 600.0

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .plan_types import Collect, RemoveImage
-from .store import KnownImage
+from .store_types import KnownImage
 
 DAY_SECONDS = 86_400.0
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..modules.errors import OlderGeneration, StorageFailed, Untrusted
 from ..modules.oci.reference import ImageRef
-from .store import Proof, StateStore, StoreError
+from .store import StateStore
+from .store_types import Proof, StoreError
 from .trust import ImageRule, Trust
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from .manifest_reference import (
 )
 from .preview import Preview
 from .reconcile import Reconciler
-from .store import Pending, Proof, StateStore, StoreError, document_hash
+from .store import StateStore
+from .store_types import Pending, Proof, StoreError, document_hash
 from .submissions import Verdict
 from .trust import Trust, older_than_accepted
 from .twin.backoff import full_jitter

@@ -50,7 +50,8 @@ from .snapshot import Snapshot
 from .startup import note_unready
 from .step_tasks import StepTasks
 from .steps import Executor
-from .store import Deployment, StateStore, StoreError
+from .store import StateStore
+from .store_types import Deployment, StoreError
 from .submissions import Submissions, Verdict
 from .wanted import WantedModules
 

@@ -11,7 +11,7 @@ from .outbox import Limits, OutboxStatus
 from .plan import Failure, describe
 from .publish import LinkState
 from .snapshot import Snapshot
-from .store import Deployment, Seen
+from .store_types import Deployment, Seen
 
 OK, FAILED = 200, 500
 

@@ -13,7 +13,8 @@ from .plan import Failure, Load, Plan, Pull, Step, Wanted, describe, subject
 from .restart_memory import RestartMemory
 from .seams import DISK_FULL, Progress, StepFailed
 from .steps import Executor
-from .store import StateStore, StoreError
+from .store import StateStore
+from .store_types import StoreError
 from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from .canaries import Canaries
 from .deployments import inherited_pins
 from .manifest import Manifest, ManifestError, parse_manifest
-from .store import Deployment, Pin, Proof, StateStore, StoreError, document_hash
+from .store import StateStore
+from .store_types import Deployment, Pin, Proof, StoreError, document_hash
 from .wanted import WantedModules
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from .message_condition import Message
 from .message_routes import MessageRoutes, compile_routes
 from .outbox import Limits, Outbox, OutboxError, Telemetry
 from .snapshot import Snapshot
-from .store import Deployment, StateStore
+from .store import StateStore
+from .store_types import Deployment
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from ..modules.errors import InvalidReference
 from ..modules.oci.reference import ImageRef
 from ..modules.signing import MAX_KEY_BYTES, KeyUnusable, PublicKey, read_public_key
 from .config import ConfigError, TrustConfig
-from .store import Proof
+from .store_types import Proof
 
 
 @dataclass(frozen=True, slots=True)

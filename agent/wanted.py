@@ -9,7 +9,8 @@ from .deployments import ContainerMaker, wanted_modules
 from .manifest import Manifest, parse_manifest
 from .plan import UpdateMode, Wanted
 from .restart_memory import RestartMemory
-from .store import Deployment, Pin, StateStore
+from .store import StateStore
+from .store_types import Deployment, Pin
 
 KEPT_WANTED = 8
 

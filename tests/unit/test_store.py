@@ -11,18 +11,17 @@ import pytest
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.restarts import RestartState
 from gatelet.agent.store import (
-    DISPLACED,
     KEPT_DEPLOYMENTS,
     KEPT_JOURNAL,
-    KEPT_PROOFS,
     KnownImage,
     Pending,
     Pin,
     Proof,
     StateStore,
     StoreError,
-    document_hash,
 )
+from gatelet.agent.store_statements import DISPLACED, KEPT_PROOFS
+from gatelet.agent.store_types import document_hash
 
 
 @pytest.fixture
@@ -188,13 +187,6 @@ def test_a_database_of_a_newer_release_is_refused(store: StateStore, path: Path)
         StateStore(path, SystemClock())
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    path.write_bytes(b"not a database, " * 100)
-    with pytest.raises(StoreError, match=r"state\.db"):
-        StateStore(path, SystemClock())
-
-
 def test_a_database_of_the_first_release_is_taken_over(path: Path) -> None:
     """`databases/state-1.sql` was written by the store of schema 1."""
     path.parent.mkdir()
@@ -250,3 +242,44 @@ def test_a_disk_that_takes_no_more_is_said_and_nothing_is_half_written(
     assert store.latest() == deployment
     store._db.execute("PRAGMA max_page_count=1000000")
     assert store.accept("local", 0, b"x" * 1_000_000).generation == deployment.generation + 1
+
+
+def spoil(path: Path) -> None:
+    """Damage every page after the first, as a dying flash does."""
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    data = bytearray(path.read_bytes())
+    for start in range(4096, len(data), 4096):
+        data[start : start + 64] = b"\xff" * 64
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["no database", "pages"])
+def test_a_damaged_database_is_set_aside_and_the_agent_starts(path: Path, how: str) -> None:
+    store = StateStore(path, SystemClock())
+    store.accept("iothub", 1, b"{}")
+    store.close()
+    if how == "pages":
+        spoil(path)
+    else:
+        path.write_bytes(b"this is no database at all" * 400)
+    spoiled = path.read_bytes()
+    store = StateStore(path, SystemClock())
+    assert store.latest() is None
+    assert store.accept("iothub", 1, b"{}").generation == 1
+    store.close()
+    assert path.with_name("state.db.damaged").read_bytes() == spoiled
+
+
+def test_what_cannot_be_read_any_more_is_a_store_error(path: Path) -> None:
+    store = StateStore(path, SystemClock())
+    store.accept("iothub", 1, b"{}")
+    store.close()
+    store = StateStore(path, SystemClock())
+    spoil(path)
+    with pytest.raises(StoreError, match=r"cannot read .*state\.db: .*check this disk"):
+        store.latest()
+    with pytest.raises(StoreError, match=r"cannot write .*state\.db"):
+        store.accept("iothub", 2, b"{}")
+    store.close()
