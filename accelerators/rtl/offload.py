@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import CoreConfig
-from .graph import Activation, Reading, Step, Unsupported, read_graph
+from .graph import Activation, Reading, Step, read_graph
 from .layers import Conv, Layer, Shape, Window, multiply_accumulates, output_shape
 from .program import Program, ProgramError, item_words, lower
+from .quantisation import Unsupported, read_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def chains(reading: Reading, model: Any) -> list[list[Step]]:
     """The steps that follow each other with nothing else looking at what is between them."""
     uses: dict[str, int] = defaultdict(int)
     for node in model.graph.node:
-        for name in node.input:
+        for name in read_by(node):
             uses[name] += 1
     for value in model.graph.output:
         uses[value.name] += 1
@@ -301,7 +302,7 @@ def _extract(model: Any, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> b
             continue
         needed.add(name)
         if name not in inputs and name in producer:
-            wanted += producer[name].input
+            wanted += read_by(producer[name])
     nodes = [
         node
         for node in model.graph.node
@@ -315,7 +316,10 @@ def _extract(model: Any, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> b
         [value for name, value in initializers.items() if name in needed],
     )
     part = helper.make_model(
-        graph, opset_imports=list(model.opset_import), ir_version=model.ir_version
+        graph,
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        functions=list(model.functions),
     )
     content: bytes = part.SerializeToString()
     return content

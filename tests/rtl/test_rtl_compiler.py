@@ -269,6 +269,71 @@ def test_an_inner_tensor_with_two_readers_is_not_hidden_in_the_core(engine: RtlE
     assert np.array_equal(result, session(model).run(None, {"x": images})[0])
 
 
+def test_a_tensor_that_a_branch_looks_at_is_not_hidden_in_the_core(engine: RtlEngine) -> None:
+    """The branches of an If name tensors of the graph around it without listing them."""
+    network = Qdq((32,)).affine("Gemm", (32, 32), relu=True)
+    inner, scale, zero = network.tensor, network.scale, network.zero
+    network.affine("Gemm", (32, 32))
+    names = [network.constant(scale), network.constant(zero), network.constant(True)]
+
+    def branch(name: str) -> Any:
+        nodes = [helper.make_node("DequantizeLinear", [inner, *names[:2]], [name])]
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph(nodes, name, [], [out])
+
+    chosen = network.node("If", [names[2]], then_branch=branch("t"), else_branch=branch("e"))
+    total = network.node("Add", [chosen, network.dequantised()])
+    network.quantise(total, float(network.scale), 0)
+    model, images = network.model(), network.images(11)
+    offload = compile_model(model, CORE, SLOW_CPU).offload
+    assert offload is not None
+    assert len(offload.program.costs) == 1
+    result = run_split(offload, engine, {"x": images})
+    assert np.array_equal(result, session(model).run(None, {"x": images})[0])
+
+
+def test_functions_of_the_model_go_with_what_stays_on_the_cpu(engine: RtlEngine) -> None:
+    network = Qdq((32,)).affine("Gemm", (32, 32), relu=True)
+    y = network.dequantised()
+    doubled = network.node("Doubled", [y], domain="local")
+    network.quantise(doubled, float(network.scale), 0)
+    import onnx
+
+    model = onnx.load_model_from_string(network.model())
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    model.functions.append(
+        helper.make_function(
+            "local", "Doubled", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])],
+            [helper.make_opsetid("", 17)],
+        )
+    )  # fmt: skip
+    content, images = model.SerializeToString(), network.images(5)
+    offload = compile_model(content, CORE, SLOW_CPU).offload
+    assert offload is not None
+    result = run_split(offload, engine, {"x": images})
+    assert np.array_equal(result, session(content).run(None, {"x": images})[0])
+
+
+def test_a_maximum_over_uint8_stays_on_the_cpu() -> None:
+    """It keeps its values without naming their type; taken for int8, they would be others."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("MaxPool", ["q"], ["m"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("DequantizeLinear", ["m", "s", "z"], ["y"]),
+    ]
+    for zero, on_core in ((np.uint8(3), False), (np.int8(3), True)):
+        graph = helper.make_graph(
+            nodes, "pool",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, 4, 4])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8, 2, 2])],
+            [numpy_helper.from_array(np.asarray(np.float32(0.1)), "s"),
+             numpy_helper.from_array(np.asarray(zero), "z")],
+        )  # fmt: skip
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        compilation = compile_model(model, CORE, SLOW_CPU)
+        assert (compilation.offload is not None) is on_core, compilation.report
+
+
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
