@@ -5,11 +5,15 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .handler import Refused
 from .packets import Connect, ReasonCode
 from .topics import filter_problem, split_shared
+
+_REMEMBERED = 4096
+_REMEMBERED_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,15 @@ class AccessList:
 
     def __init__(self, grants: Sequence[Grant]) -> None:
         self._grants = tuple(grants)
+        # Asked for every message, and devices publish to the same few topics again and again.
+        self._known = lru_cache(maxsize=_REMEMBERED)(self._may_publish)
 
     def may_publish(self, user: str | None, client_id: str, topic: str) -> bool:
+        if len(client_id) + len(topic) > _REMEMBERED_LENGTH:
+            return self._may_publish(user, client_id, topic)
+        return self._known(user, client_id, topic)
+
+    def _may_publish(self, user: str | None, client_id: str, topic: str) -> bool:
         return any(
             covers(allowed, topic) for allowed in self._filters(user, client_id, publish=True)
         )

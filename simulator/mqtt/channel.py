@@ -15,6 +15,7 @@ from .handler import Limits
 from .packets import Packet
 
 _UNHANDLED_BYTES = 256 * 1024
+_CHUNK = 64 * 1024
 _CLOSE_SECONDS = 2.0
 
 
@@ -41,6 +42,7 @@ class Channel(asyncio.Protocol):
         self._writable.set()
         self._may_write = True  # what `_writable` says, for those who ask for every message
         self._out: list[bytes] = []
+        self._out_size = 0
         self._write_scheduled = False
         self._reading_paused = False
         self._unhandled = 0
@@ -179,18 +181,26 @@ class Channel(asyncio.Protocol):
 
     def _write(self, data: bytes) -> None:
         self._out.append(data)
+        self._out_size += len(data)
+        if self._out_size > _CHUNK:
+            # So that the transport says when it has enough: few bytes in may be many bytes out.
+            self._write_out()
         # One system call for all answers of one turn of the event loop.
-        if not self._write_scheduled:
+        elif not self._write_scheduled:
             self._write_scheduled = True
-            self._loop.call_soon(self._write_out)
+            self._loop.call_soon(self._write_scheduled_out)
+
+    def _write_scheduled_out(self) -> None:
+        self._write_scheduled = False
+        self._write_out()
 
     def _write_out(self) -> None:
-        self._write_scheduled = False
         if self._out and not self._lost and not self._transport.is_closing():
             if self._before_write is not None:
                 self._before_write()
             self._transport.write(b"".join(self._out))
         self._out.clear()
+        self._out_size = 0
 
     def _finish(self, reason: str) -> None:
         """Flush and close; nothing the client still sends is looked at."""

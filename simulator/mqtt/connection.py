@@ -52,7 +52,6 @@ from .topics import topic_problem
 
 __all__ = ["Accepted", "Connection", "Handler", "Limits", "Refused"]
 
-_CHUNK = 64 * 1024
 _MOST_OUTBOUND_ALIASES = 256
 _ANSWERS = (PubAck, PubRec, PubComp)
 
@@ -136,16 +135,11 @@ class Connection(Channel):
         session = self.session
         if session is None:
             return
-        window = self._window
-        size = 0
         while self.is_open and not self._corked and self._may_write:
-            packet = session.next_packet(self._loop.time(), window)
+            packet = session.next_packet(self._loop.time(), self._window)
             if packet is None:
                 return
-            size += self._send(packet)
-            if size > _CHUNK:
-                self._write_out()
-                size = 0
+            self._send(packet)
 
     def close(self, reason_code: int = ReasonCode.SUCCESS, reason: str = "") -> None:
         """End the connection cleanly; a connected MQTT 5 client gets DISCONNECT with the code."""

@@ -12,7 +12,7 @@ from .packets import NO_PROPERTIES, Publish
 from .retained import RetainedMessages
 from .session import Session
 from .store import Store
-from .subscriptions import Entry, Receiver, SubscriptionTree, receiver
+from .subscriptions import Entry, Receiver, SubscriptionTree
 from .topics import split_shared
 
 
@@ -43,7 +43,7 @@ class Router:
         for one in receivers:
             self._deliver(publish, one)
         for members in found.groups:
-            self._deliver(publish, receiver([self._next_member(members)]))
+            self._deliver(publish, self._next_member(members).receiver)
         return len(receivers) + len(found.groups)
 
     def _next_member(self, members: Mapping[str, Entry]) -> Entry:
@@ -80,4 +80,4 @@ class Router:
         if share:
             return
         for publish in self.retained.matching(topic_filter, asyncio.get_running_loop().time()):
-            self._deliver(publish, receiver([entry]), retained=True)
+            self._deliver(publish, entry.receiver, retained=True)

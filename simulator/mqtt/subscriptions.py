@@ -21,15 +21,6 @@ def filter_size(topic_filter: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One session's subscription; `identifier` is MQTT 5's subscription identifier or None."""
-
-    session: Session
-    subscription: Subscription
-    identifier: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Receiver:
     """What one session gets: one copy for all its matching subscriptions, of their highest QoS."""
 
@@ -37,6 +28,22 @@ class Receiver:
     qos: int
     as_published: bool
     identifiers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One session's subscription; `identifier` is MQTT 5's subscription identifier or None.
+
+    `receiver`: the session with this subscription alone.
+    """
+
+    session: Session
+    subscription: Subscription
+    identifier: int | None = None
+    receiver: Receiver = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "receiver", _together([self]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +73,10 @@ def _receivers(entries: Iterable[Entry]) -> tuple[Receiver, ...]:
     by_client: dict[str, list[Entry]] = {}
     for entry in entries:
         by_client.setdefault(entry.session.client_id, []).append(entry)
-    return tuple(map(receiver, by_client.values()))
+    return tuple(own[0].receiver if len(own) == 1 else _together(own) for own in by_client.values())
 
 
-def receiver(entries: Sequence[Entry]) -> Receiver:
+def _together(entries: Sequence[Entry]) -> Receiver:
     """`entries`: of one session, at least one."""
     return Receiver(
         entries[0].session,

@@ -83,6 +83,21 @@ def test_names_that_would_widen_a_grant_get_nothing(name: str | None) -> None:
     assert not AccessList([Grant("d/%c")]).may_subscribe("u", name or "", "d/+")
 
 
+def test_what_is_remembered_is_of_one_user_client_and_topic() -> None:
+    access = AccessList([Grant("d/%u/%c"), Grant("#", user="operator")])
+    for _ in range(2):
+        assert access.may_publish("u", "c", "d/u/c")
+        assert not access.may_publish("v", "c", "d/u/c")
+        assert not access.may_publish(None, "c", "d/u/c")
+        assert not access.may_publish("u", "d", "d/u/c")
+        assert not access.may_publish("u", "c", "d/u/d")
+        assert access.may_publish("operator", "c", "d/u/d")
+        assert access.may_publish("operator", "c", "x" * 60_000)
+    for number in range(10_000):
+        access.may_publish("u", "c", f"{number}")
+    assert access._known.cache_info().currsize <= 4096
+
+
 def test_a_grant_needs_a_valid_filter() -> None:
     with pytest.raises(ValueError, match="stands alone"):
         Grant("a#")

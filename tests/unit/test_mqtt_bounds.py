@@ -334,6 +334,25 @@ async def test_a_client_that_neither_reads_nor_speaks_is_silent() -> None:
         await until(lambda: not broker.client_ids)
 
 
+async def test_few_bytes_in_are_not_kept_as_many_bytes_out() -> None:
+    """A topic alias of three bytes stands for a topic of 60,000, for someone who does not read."""
+    async with running() as broker, client(broker) as one, client(broker) as reader:
+        reader.send(Connect("reader", V5), Subscribe(1, (Subscription("#", 0),)))
+        assert isinstance(await reader.receive(), ConnAck)
+        assert isinstance(await reader.receive(), SubAck)
+        reader.writer.transport.pause_reading()
+        one.send(Connect("c", V5))
+        assert isinstance(await one.receive(), ConnAck)
+        alias = Properties(topic_alias=1)
+        one.send(Publish("x" * 60_000, b"", 1, packet_id=1, properties=alias))
+        assert isinstance(await one.receive(), PubAck)
+        one.writer.write(encode(Publish("", b"", 0, properties=alias), V5) * 5000)
+        one.send(Publish("last", b"", 1, packet_id=2))
+        assert isinstance(await one.receive(), PubAck)
+        # 16 MiB wait in the session, some in the sockets; all would be 300 MB.
+        assert broker._sessions["reader"].dropped > 3000
+
+
 async def test_what_was_kept_and_cannot_be_read_is_said(tmp_path: Path) -> None:
     async with running(folder=tmp_path) as broker:
         broker.publish("t", b"x", 1, retain=True)
