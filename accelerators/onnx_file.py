@@ -7,14 +7,14 @@ file's bytes wherever the format allows it, so that a file costs its own size an
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from . import protobuf_wire as wire
 from .errors import LoadError
 from .tensors import NUMPY_DTYPES, Array
 
@@ -39,7 +39,6 @@ ELEMENTS = {
     12: "UINT32",
     13: "UINT64",
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _NO_TENSORS = {4: "sequence", 5: "map", 8: "sparse tensor", 9: "optional"}
 
 Attribute: TypeAlias = (
@@ -111,7 +110,7 @@ def parse_onnx(content: bytes, name: str = "model.onnx") -> Graph:
     """The graph of a file's bytes; `name` is for messages. Raises LoadError, and nothing else."""
     try:
         return _model(memoryview(content))
-    except _Malformed as error:
+    except wire.Malformed as error:
         raise LoadError(
             f"{name} is no ONNX model that can be read: {error}; it is damaged or cut short: "
             "export the model and package it again"
@@ -120,116 +119,24 @@ def parse_onnx(content: bytes, name: str = "model.onnx") -> Graph:
         raise LoadError(f"{name}: {error}") from error
 
 
-class _Malformed(Exception):
-    """The bytes are not those of an ONNX file."""
-
-
 class _Unreadable(Exception):
-    """They are, but of one that is not read here."""
-
-
-_Field: TypeAlias = "tuple[int, int, int | memoryview]"
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise _Malformed("a number is cut off")
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, at
-    raise _Malformed("a number is too long")
-
-
-def _fields(data: memoryview) -> Iterator[_Field]:
-    """(number, wire type, value) of each field of a message."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if number == 0:
-            raise _Malformed("a field has the number 0")
-        if wire == _VARINT:
-            value, at = _varint(data, at)
-            yield number, wire, value
-            continue
-        if wire == _BYTES:
-            size, at = _varint(data, at)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
-        else:
-            raise _Malformed(f"a field has wire type {wire}")
-        if size > len(data) - at:
-            raise _Malformed("a field is cut off")
-        yield number, wire, data[at : at + size]
-        at += size
-
-
-def _message(one: _Field) -> memoryview:
-    number, wire, value = one
-    if wire != _BYTES or isinstance(value, int):
-        raise _Malformed(f"field {number} is no message")
-    return value
-
-
-def _text(one: _Field) -> str:
-    try:
-        return bytes(_message(one)).decode("utf-8")
-    except UnicodeDecodeError:
-        raise _Malformed(f"field {one[0]} is no text") from None
-
-
-def _integer(one: _Field) -> int:
-    """An int64 or an enumeration."""
-    number, _, value = one
-    if not isinstance(value, int):
-        raise _Malformed(f"field {number} is no integer")
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _integers(one: _Field) -> list[int]:
-    """One element, or many packed ones, of a repeated integer field."""
-    if one[1] == _VARINT:
-        return [_integer(one)]
-    data, values, at = _message(one), [], 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        values.append(value - (1 << 64) if value >> 63 else value)
-    return values
-
-
-def _numbers(one: _Field, letter: str, wire: int) -> memoryview | bytes:
-    """The bytes of one element, or of many packed ones, of fixed size."""
-    number, actual, value = one
-    if isinstance(value, int) or actual not in (wire, _BYTES):
-        raise _Malformed(f"field {number} holds no numbers")
-    if len(value) % struct.calcsize(letter):
-        raise _Malformed(f"field {number} ends within a number")
-    return value
-
-
-def _floats(one: _Field) -> list[float]:
-    data = _numbers(one, "<f", _FIXED32)
-    return [number for (number,) in struct.iter_unpack("<f", data)]
+    """A file that is ONNX, but has something that is not read here."""
 
 
 def _model(data: memoryview) -> Graph:
     ir_version, opsets, graph = 0, {}, None
-    for one in _fields(data):
+    for one in wire.fields(data):
         if one[0] == 1:
-            ir_version = _integer(one)
+            ir_version = wire.integer(one)
         elif one[0] == 7:
-            graph = _message(one)
+            graph = wire.message(one)
         elif one[0] == 8:
             domain, version = "", 1
-            for part in _fields(_message(one)):
+            for part in wire.fields(wire.message(one)):
                 if part[0] == 1:
-                    domain = _domain(_text(part))
+                    domain = _domain(wire.text(part))
                 elif part[0] == 2:
-                    version = _integer(part)
+                    version = wire.integer(part)
             opsets[domain] = version
         elif one[0] == 25:
             raise _Unreadable(
@@ -237,7 +144,7 @@ def _model(data: memoryview) -> Graph:
                 "inline them (onnx.inliner) or score it where onnxruntime is installed"
             )
     if graph is None:
-        raise _Malformed("it holds no graph")
+        raise wire.Malformed("it holds no graph")
     return _graph(graph, ir_version, opsets)
 
 
@@ -250,19 +157,19 @@ def _graph(data: memoryview, ir_version: int, opsets: Mapping[str, int]) -> Grap
     constants: dict[str, Array] = {}
     inputs: list[ValueInfo] = []
     outputs: list[ValueInfo] = []
-    for one in _fields(data):
+    for one in wire.fields(data):
         number = one[0]
         if number == 1:
-            nodes.append(_node(_message(one)))
+            nodes.append(_node(wire.message(one)))
             if len(nodes) > _MOST_NODES:
                 raise _Unreadable(f"it has more than {_MOST_NODES} operators")
         elif number == 5:
-            name, array = _tensor(_message(one))
+            name, array = _tensor(wire.message(one))
             constants[name] = array
         elif number == 11:
-            inputs.append(_value_info(_message(one)))
+            inputs.append(_value_info(wire.message(one)))
         elif number == 12:
-            outputs.append(_value_info(_message(one)))
+            outputs.append(_value_info(wire.message(one)))
         elif number == 15:
             raise _Unreadable("it has sparse constants, which only onnxruntime runs")
     return Graph(ir_version, opsets, tuple(nodes), constants, tuple(inputs), tuple(outputs))
@@ -274,15 +181,15 @@ def _node(data: memoryview) -> Node:
     outputs: list[str] = []
     attributes: dict[str, Attribute] = {}
     unread: list[str] = []
-    for one in _fields(data):
+    for one in wire.fields(data):
         if one[0] == 1:
-            inputs.append(_text(one))
+            inputs.append(wire.text(one))
         elif one[0] == 2:
-            outputs.append(_text(one))
+            outputs.append(wire.text(one))
         elif one[0] in words:
-            words[one[0]] = _text(one)
+            words[one[0]] = wire.text(one)
         elif one[0] == 5:
-            name, value = _attribute(_message(one))
+            name, value = _attribute(wire.message(one))
             if value is None:
                 unread.append(name)
             else:
@@ -305,26 +212,26 @@ def _attribute(data: memoryview) -> tuple[str, Attribute | None]:
     floats: list[float] = []
     integers: list[int] = []
     strings: list[bytes] = []
-    for one in _fields(data):
+    for one in wire.fields(data):
         number = one[0]
         if number == 1:
-            name = _text(one)
+            name = wire.text(one)
         elif number == 20:
-            kind = _integer(one)
+            kind = wire.integer(one)
         elif number == 2:
-            single[1] = _floats(one)[0] if one[1] == _FIXED32 else _wrong(number)
+            single[1] = wire.floats(one)[0] if one[1] == wire.FIXED32 else _wrong(number)
         elif number == 3:
-            single[2] = _integer(one)
+            single[2] = wire.integer(one)
         elif number == 4:
-            single[3] = bytes(_message(one))
+            single[3] = bytes(wire.message(one))
         elif number == 5:
-            single[4] = _tensor(_message(one))[1]
+            single[4] = _tensor(wire.message(one))[1]
         elif number == 7:
-            floats += _floats(one)
+            floats += wire.floats(one)
         elif number == 8:
-            integers += _integers(one)
+            integers += wire.integers(one)
         elif number == 9:
-            strings.append(bytes(_message(one)))
+            strings.append(bytes(wire.message(one)))
     lists: dict[int, Attribute] = {6: tuple(floats), 7: tuple(integers), 8: tuple(strings)}
     if kind == 0:
         # Files before IR version 2 leave the kind out.
@@ -338,27 +245,27 @@ def _attribute(data: memoryview) -> tuple[str, Attribute | None]:
 
 
 def _wrong(number: int) -> float:
-    raise _Malformed(f"field {number} is no number")
+    raise wire.Malformed(f"field {number} is no number")
 
 
 def _tensor(data: memoryview) -> tuple[str, Array]:
     name, element, external = "", 0, False
     dims: list[int] = []
     raw: memoryview | None = None
-    typed: dict[int, list[_Field]] = {}
-    for one in _fields(data):
+    typed: dict[int, list[wire.Field]] = {}
+    for one in wire.fields(data):
         number = one[0]
         if number == 1:
-            dims += _integers(one)
+            dims += wire.integers(one)
         elif number == 2:
-            element = _integer(one)
+            element = wire.integer(one)
         elif number == 8:
-            name = _text(one)
+            name = wire.text(one)
         elif number == 9:
-            raw = _message(one)
+            raw = wire.message(one)
         elif number in (4, 5, 6, 7, 10, 11):
             typed.setdefault(number, []).append(one)
-        elif number == 13 or (number == 14 and _integer(one) == 1):
+        elif number == 13 or (number == 14 and wire.integer(one) == 1):
             external = True
     if external:
         raise _Unreadable(
@@ -372,37 +279,38 @@ def _tensor(data: memoryview) -> tuple[str, Array]:
             "score the model where onnxruntime is installed"
         )
     if len(dims) > _MOST_DIMENSIONS or any(size < 0 for size in dims):
-        raise _Malformed(f"the constant {name!r} has the shape {dims[:_MOST_DIMENSIONS]}")
+        raise wire.Malformed(f"the constant {name!r} has the shape {dims[:_MOST_DIMENSIONS]}")
     flat = _elements(name, datatype, raw, typed)
     if math.prod(dims) != len(flat):
-        raise _Malformed(f"the constant {name!r} has {len(flat)} elements for the shape {dims}")
+        raise wire.Malformed(f"the constant {name!r} has {len(flat)} elements for the shape {dims}")
     try:
         return name, flat.reshape(dims)
     except ValueError as error:
-        raise _Malformed(f"the constant {name!r}: {error}") from None
+        raise wire.Malformed(f"the constant {name!r}: {error}") from None
 
 
 def _elements(
-    name: str, datatype: str, raw: memoryview | None, typed: Mapping[int, list[_Field]]
+    name: str, datatype: str, raw: memoryview | None, typed: Mapping[int, list[wire.Field]]
 ) -> Array:
     dtype = NUMPY_DTYPES[datatype]
     if datatype == "BYTES":
-        strings = [bytes(_message(one)) for one in typed.get(6, ())]
+        strings = [bytes(wire.message(one)) for one in typed.get(6, ())]
         texts = np.empty(len(strings), np.object_)
         texts[:] = strings
         return texts
     if raw is not None:
         if len(raw) % dtype.itemsize:
-            raise _Malformed(f"the constant {name!r} ends within an element")
+            raise wire.Malformed(f"the constant {name!r} ends within an element")
         return np.frombuffer(raw, dtype)
     if datatype in ("FP32", "FP64"):
-        number, letter, wire = (4, "<f", _FIXED32) if datatype == "FP32" else (10, "<d", _FIXED64)
+        number, letter = (4, "<f") if datatype == "FP32" else (10, "<d")
+        size = wire.FIXED32 if datatype == "FP32" else wire.FIXED64
         return np.frombuffer(
-            b"".join(_numbers(one, letter, wire) for one in typed.get(number, ())), dtype
+            b"".join(wire.numbers(one, letter, size) for one in typed.get(number, ())), dtype
         )
     # UINT32 and UINT64 share a field, the smaller ones are in int32_data, FP16 by its bits.
     number = {"INT64": 7, "UINT32": 11, "UINT64": 11}.get(datatype, 5)
-    values = [value for one in typed.get(number, ()) for value in _integers(one)]
+    values = [value for one in typed.get(number, ()) for value in wire.integers(one)]
     bits = dtype.itemsize * 8
     wrapped = [value & ((1 << bits) - 1) for value in values]
     if datatype == "BOOL":
@@ -413,14 +321,14 @@ def _elements(
 def _value_info(data: memoryview) -> ValueInfo:
     name, kind, element = "", "value of unknown type", 0
     shape: tuple[int, ...] | None = None
-    for one in _fields(data):
+    for one in wire.fields(data):
         if one[0] == 1:
-            name = _text(one)
+            name = wire.text(one)
         elif one[0] == 2:
-            for part in _fields(_message(one)):
+            for part in wire.fields(wire.message(one)):
                 if part[0] == 1:
                     kind = "tensor"
-                    element, shape = _tensor_type(_message(part))
+                    element, shape = _tensor_type(wire.message(part))
                 elif part[0] in _NO_TENSORS:
                     kind = _NO_TENSORS[part[0]]
     return ValueInfo(name, kind, ELEMENTS.get(element, ""), shape)
@@ -428,22 +336,22 @@ def _value_info(data: memoryview) -> ValueInfo:
 
 def _tensor_type(data: memoryview) -> tuple[int, tuple[int, ...] | None]:
     element, shape = 0, None
-    for one in _fields(data):
+    for one in wire.fields(data):
         if one[0] == 1:
-            element = _integer(one)
+            element = wire.integer(one)
         elif one[0] == 2:
-            dims = [_message(part) for part in _fields(_message(one)) if part[0] == 1]
+            dims = [wire.message(part) for part in wire.fields(wire.message(one)) if part[0] == 1]
             if len(dims) > _MOST_DIMENSIONS:
-                raise _Malformed(f"a tensor has {len(dims)} dimensions")
+                raise wire.Malformed(f"a tensor has {len(dims)} dimensions")
             shape = tuple(_size(dim) for dim in dims)
     return element, shape
 
 
 def _size(data: memoryview) -> int:
     size = -1
-    for one in _fields(data):
+    for one in wire.fields(data):
         if one[0] == 1:
-            size = _integer(one)
+            size = wire.integer(one)
             if size < 0:
                 size = -1
     return size

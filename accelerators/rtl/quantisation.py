@@ -77,7 +77,7 @@ class QuantisedGraph:
         """Whether the tensor is known to hold int8: by its type, or by its zero point's."""
         known = self._types.get(name)
         if known:
-            return known == _INT8
+            return bool(known == _INT8)
         index = self.producer.get(name)
         if index is None:
             return False

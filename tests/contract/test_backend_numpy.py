@@ -483,3 +483,39 @@ def test_the_documented_operators_are_those_that_run() -> None:
     section = document.split("## Boards without onnxruntime", 1)[1].split("\n## ", 1)[0]
     missing = [name for name in OPERATORS if not re.search(rf"\b{name}\b", section)]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("element", "values"),
+    [
+        (TensorProto.FLOAT, [0.5, -1.25, 3e38, -0.0]),
+        (TensorProto.DOUBLE, [0.1, -1e300, 5e-324]),
+        (TensorProto.FLOAT16, [0.5, -65504.0, 6e-8]),
+        (TensorProto.INT8, [-128, -1, 127]),
+        (TensorProto.UINT8, [0, 255, 3]),
+        (TensorProto.INT16, [-32768, 7, 32767]),
+        (TensorProto.UINT16, [0, 65535]),
+        (TensorProto.INT32, [-(2**31), 2**31 - 1, 0]),
+        (TensorProto.UINT32, [0, 2**32 - 1]),
+        (TensorProto.INT64, [-(2**63), 2**63 - 1, 5]),
+        (TensorProto.UINT64, [0, 2**64 - 1]),
+        (TensorProto.BOOL, [True, False, True]),
+        (TensorProto.STRING, [b"", b"\xff\x00", "é".encode()]),
+    ],
+)
+def test_constants_in_fields_of_their_type_are_onnxs(element: int, values: list[Any]) -> None:
+    """Exporters write raw bytes; onnx's own helpers, and older tools, a field per type."""
+    tensor = helper.make_tensor("c", element, [len(values)], values)
+    assert not tensor.HasField("raw_data")
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["y"])], "typed", [],
+        [helper.make_tensor_value_info("y", element, [len(values)])], [tensor],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    found = parse_onnx(model.SerializeToString()).constants["c"]
+    if element == TensorProto.STRING:
+        assert list(found) == values
+    else:
+        expected = numpy_helper.to_array(tensor)
+        assert found.dtype == expected.dtype
+        assert found.tobytes() == expected.tobytes()
