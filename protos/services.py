@@ -16,14 +16,12 @@ from google.protobuf.message_factory import GetMessageClass
 
 from . import control_pb2 as control
 from . import health_pb2 as health_messages
-from . import open_inference_pb2 as oip
 
 if TYPE_CHECKING:
     import grpc
     import grpc.aio
 
 HEALTH = health_messages.DESCRIPTOR.services_by_name["Health"]
-INFERENCE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SCORING = control.DESCRIPTOR.services_by_name["Scoring"]
 AGENT = control.DESCRIPTOR.services_by_name["Agent"]
 
@@ -103,44 +101,6 @@ class Stub(Generic[C]):
     def __init__(self, channel: C) -> None:
         for method in self.service.methods:
             setattr(self, snake_case(method.name), _call(channel, method))
-
-
-class InferenceStub(Stub["grpc.Channel"]):
-    service = INFERENCE
-    server_live: Unary[oip.ServerLiveRequest, oip.ServerLiveResponse]
-    server_ready: Unary[oip.ServerReadyRequest, oip.ServerReadyResponse]
-    model_ready: Unary[oip.ModelReadyRequest, oip.ModelReadyResponse]
-    server_metadata: Unary[oip.ServerMetadataRequest, oip.ServerMetadataResponse]
-    model_metadata: Unary[oip.ModelMetadataRequest, oip.ModelMetadataResponse]
-    model_infer: Unary[oip.ModelInferRequest, oip.ModelInferResponse]
-    model_stream_infer: Bidirectional[oip.ModelInferRequest, oip.ModelStreamInferResponse]
-    model_config: Unary[oip.ModelConfigRequest, oip.ModelConfigResponse]
-    model_statistics: Unary[oip.ModelStatisticsRequest, oip.ModelStatisticsResponse]
-    repository_index: Unary[oip.RepositoryIndexRequest, oip.RepositoryIndexResponse]
-    repository_model_load: Unary[oip.RepositoryModelLoadRequest, oip.RepositoryModelLoadResponse]
-    repository_model_unload: Unary[
-        oip.RepositoryModelUnloadRequest, oip.RepositoryModelUnloadResponse
-    ]
-    system_shared_memory_status: Unary[
-        oip.SystemSharedMemoryStatusRequest, oip.SystemSharedMemoryStatusResponse
-    ]
-    system_shared_memory_register: Unary[
-        oip.SystemSharedMemoryRegisterRequest, oip.SystemSharedMemoryRegisterResponse
-    ]
-    system_shared_memory_unregister: Unary[
-        oip.SystemSharedMemoryUnregisterRequest, oip.SystemSharedMemoryUnregisterResponse
-    ]
-    cuda_shared_memory_status: Unary[
-        oip.CudaSharedMemoryStatusRequest, oip.CudaSharedMemoryStatusResponse
-    ]
-    cuda_shared_memory_register: Unary[
-        oip.CudaSharedMemoryRegisterRequest, oip.CudaSharedMemoryRegisterResponse
-    ]
-    cuda_shared_memory_unregister: Unary[
-        oip.CudaSharedMemoryUnregisterRequest, oip.CudaSharedMemoryUnregisterResponse
-    ]
-    trace_setting: Unary[oip.TraceSettingRequest, oip.TraceSettingResponse]
-    log_settings: Unary[oip.LogSettingsRequest, oip.LogSettingsResponse]
 
 
 class HealthStub(Stub["grpc.Channel"]):

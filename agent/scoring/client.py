@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ...accelerators.tensors import DATATYPES, Array
 from ...protos import open_inference_pb2 as oip
-from ...protos.services import InferenceStub
+from ...protos.inference import InferenceStub
 from .errors import Code, ScoringError
 from .oip_messages import decode_metadata, decode_response, encode_request
 from .types import InferenceRequest, InferenceResponse, ModelMetadata, ServerMetadata, Tensor

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import grpc
 
 from ...protos import health_pb2 as health
-from ...protos.services import HEALTH, INFERENCE
+from ...protos.inference import INFERENCE
+from ...protos.services import HEALTH
 from .dataplane import DataPlane
 from .grpc_streams import StreamPool
 

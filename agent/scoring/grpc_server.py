@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import grpc
 
-from ...protos.services import HEALTH, INFERENCE, handlers
+from ...protos.inference import INFERENCE
+from ...protos.services import HEALTH, handlers
 from .access import Access
 from .dataplane import DataPlane
 from .grpc_health import HealthService

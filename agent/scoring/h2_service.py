@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from ...protos import open_inference_pb2 as oip
-from ...protos.services import HEALTH, INFERENCE, snake_case
+from ...protos.inference import INFERENCE
+from ...protos.services import HEALTH, snake_case
 from .access import Access, Caller
 from .batching_job import Job
 from .dataplane import DataPlane

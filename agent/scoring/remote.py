@@ -21,7 +21,7 @@ from ...accelerators.errors import (
 )
 from ...accelerators.tensors import NUMPY_DTYPES, Array, TensorSpec, shape_matches
 from ...protos import open_inference_pb2 as oip
-from ...protos.services import InferenceStub
+from ...protos.inference import InferenceStub
 from .errors import InstanceRefused, InstanceUnavailable, ScoringError
 from .oip_messages import decode_metadata, decode_response, encode_request
 from .types import InferenceRequest, ModelMetadata, Tensor

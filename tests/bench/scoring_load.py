@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 import numpy as np
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 CONNECTIONS = 4
 WARM_UP = 0.3

@@ -20,7 +20,7 @@ import grpc
 import psutil
 import scoring_site
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 PEERS = Path(__file__).resolve().parent / "peers"
 VENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gatelet-bench"

@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 import pytest
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 

@@ -19,7 +19,7 @@ from gatelet.agent.scoring.client import ScoringClient
 from gatelet.agent.scoring.errors import Code, ScoringError
 from gatelet.protos import control_pb2 as pb
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import INFERENCE
+from gatelet.protos.inference import INFERENCE
 
 from ..bench import onnx_models
 from ..bench.scoring_site import TIMEOUT, ScoringProcess, Site, scoring_process, serve

@@ -10,7 +10,7 @@ import numpy as np
 from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.h2_headers import literals
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 from ..bench.scoring_site import Site
 

@@ -43,6 +43,7 @@ NEVER = {
     "gatelet.agent.cli.image",
     "gatelet.agent.scoring.process",
     "gatelet.modules.oci.client",
+    "gatelet.protos.open_inference_pb2",
     "gatelet.simulator",
     "multiprocessing",
     "numpy",

@@ -20,7 +20,8 @@ from gatelet.agent.scoring.tensor_codec import TYPED_FIELDS, encode_raw
 from gatelet.agent.scoring.types import Tensor
 from gatelet.protos import health_pb2 as health
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import HealthStub, InferenceStub
+from gatelet.protos.inference import InferenceStub
+from gatelet.protos.services import HealthStub
 
 from ..bench import onnx_models
 from ..bench.scoring_site import TRANSPORTS, Site, serve

@@ -20,7 +20,7 @@ import pytest
 from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.h2_headers import literals
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 from ..bench import onnx_models
 from ..bench.scoring_site import ScoringProcess, scoring_process

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 from onnx import TensorProto, helper
 
 from ..bench import onnx_models

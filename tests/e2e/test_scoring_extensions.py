@@ -19,7 +19,8 @@ import tritonclient.utils.shared_memory as shm
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.protos import health_pb2 as health
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import HealthStub, InferenceStub
+from gatelet.protos.inference import InferenceStub
+from gatelet.protos.services import HealthStub
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models

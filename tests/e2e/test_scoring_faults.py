@@ -25,7 +25,7 @@ from gatelet.accelerators.backend import LoadOptions, Variant
 from gatelet.accelerators.tensors import Array, TensorSpec
 from gatelet.agent.scoring.http_types import HttpLimits
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 from ..bench import onnx_models
 from ..bench.scoring_site import ScoringProcess, Site, scoring_process, serve

@@ -22,7 +22,7 @@ from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.agent.scoring.h2_headers import literals
 from gatelet.agent.scoring.http_types import HttpLimits
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site, serve

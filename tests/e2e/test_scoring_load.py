@@ -20,7 +20,7 @@ from gatelet.accelerators.tensors import Array, TensorSpec
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.protos import control_pb2 as pb
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models

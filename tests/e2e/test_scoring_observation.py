@@ -17,7 +17,7 @@ import grpc
 import pytest
 from gatelet.agent.scoring.trace_context import TraceContext, continued, parse_traceparent
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -35,7 +35,7 @@ from gatelet.agent.scoring.tokens import TokenSettings
 from gatelet.agent.scoring.transports import is_local, make_access
 from gatelet.protos import control_pb2 as pb
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 from gatelet.simulator.pki import CertificateFiles, Pki
 from tritonclient.utils import InferenceServerException
 

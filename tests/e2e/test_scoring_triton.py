@@ -10,7 +10,7 @@ import pytest
 import tritonclient.grpc as triton
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.protos import open_inference_pb2 as oip
-from gatelet.protos.services import InferenceStub
+from gatelet.protos.inference import InferenceStub
 from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models
