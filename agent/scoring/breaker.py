@@ -36,6 +36,11 @@ def after_trial_begins(breaker: Breaker, now: float) -> Breaker:
     return replace(breaker, open_until=now + breaker.pause)
 
 
+def after_overdue(breaker: Breaker, now: float) -> Breaker:
+    """Open at once: it let a request wait until another backend had to answer it."""
+    return after_failure(replace(breaker, failures=FAILURES_TO_OPEN), now)
+
+
 def after_failure(breaker: Breaker, now: float) -> Breaker:
     failures = breaker.failures + 1
     if failures < FAILURES_TO_OPEN:

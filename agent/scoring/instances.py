@@ -71,6 +71,7 @@ class Member:
         self._requests = 0
         self._failures = 0
         self._fallbacks = 0
+        self._took = 0.0
 
     @property
     def usable(self) -> bool:
@@ -98,6 +99,7 @@ class Member:
         requests: int = 1,
     ) -> dict[str, Array]:
         """As `Session.run`, for `requests` requests at once; counts, and keeps the breaker."""
+        started = self._now()
         try:
             results = self.session.run(inputs, outputs, deadline)
         except BackendError as error:
@@ -114,10 +116,25 @@ class Member:
             raise
         with self._lock:
             self._requests += requests
+            took = self._now() - started
+            # Up at once, down by half: a long one may come again.
+            self._took = max(took, (self._took + took) / 2)
             if self._breaker is not circuit.CLOSED:
                 self._breaker = circuit.CLOSED
                 self._detail = ""
         return results
+
+    def needs(self, left: float) -> float:
+        """Seconds to keep for it of those that are `left` until a deadline.
+
+        A quarter of them, and half where its runs took that long lately.
+        """
+        return min(left / 2, max(left / 4, 2 * self._took))
+
+    def overdue(self) -> None:
+        """It did not answer in the time it could be given: others come first for a while."""
+        with self._lock:
+            self._breaker = circuit.after_overdue(self._breaker, self._now())
 
     def passed_on(self, requests: int = 1) -> None:
         with self._lock:
@@ -263,9 +280,19 @@ class Instance:
 
     def serve_here(self) -> None:
         """Run what waits, on this thread if that is short and computed at once."""
+        self._runner.serve_here(self._longest_here())
+
+    def serve_stacked(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], requests: int, items: int
+    ) -> dict[str, Array] | None:
+        """As `BatchRunner.serve_stacked`, on this thread under the same condition."""
+        if self.timeout is not None:
+            return None
+        return self._runner.serve_stacked(inputs, outputs, requests, items, self._longest_here())
+
+    def _longest_here(self) -> float:
         members = self._members
-        prompt = bool(members) and members[0].prompt
-        self._runner.serve_here(_SHORT_SECONDS if prompt else 0.0)
+        return _SHORT_SECONDS if members and members[0].prompt else 0.0
 
     def _answer(
         self,
@@ -278,9 +305,12 @@ class Instance:
         reasons: list[str] = []
         members = self._members
         skipped: list[Member] = []
-        for member in members:
+        for at, member in enumerate(members):
             if member.allowed():
-                answer = self._attempt(member, inputs, outputs, deadline, requests, reasons)
+                until = deadline
+                if deadline is not None and member is not members[-1] and not member.prompt:
+                    until = self._until(members[at + 1 :], deadline)
+                answer = self._attempt(member, inputs, outputs, deadline, requests, reasons, until)
                 if answer is not None:
                     return answer
             else:
@@ -290,7 +320,9 @@ class Instance:
         # Nobody else could: one that is on probation is better than no answer.
         for member in skipped:
             if member.usable:
-                answer = self._attempt(member, inputs, outputs, deadline, requests, reasons)
+                answer = self._attempt(
+                    member, inputs, outputs, deadline, requests, reasons, deadline
+                )
                 if answer is not None:
                     return answer
             else:
@@ -301,6 +333,12 @@ class Instance:
             f"({'; '.join(reasons)}); try again",
         )
 
+    def _until(self, others: Sequence[Member], deadline: float) -> float:
+        """How long one may take that can hang, when one of the `others` never does."""
+        rescue = next((member for member in others if member.prompt and member.usable), None)
+        left = deadline - self._now()
+        return deadline if rescue is None or left <= 0 else deadline - rescue.needs(left)
+
     def _attempt(
         self,
         member: Member,
@@ -309,16 +347,20 @@ class Instance:
         deadline: float | None,
         requests: int,
         reasons: list[str],
+        until: float | None,
     ) -> dict[str, Array] | None:
         if deadline is not None and self._now() >= deadline:
             raise self._too_late(reasons)
         try:
-            return member.run(inputs, outputs, deadline, requests)
+            return member.run(inputs, outputs, until, requests)
         except BackendUnavailable as error:
             reasons.append(f"{member.name}: {error}")
             return None
         except DeadlineExceeded as error:
             reasons.append(f"{member.name}: {error}")
+            if until != deadline:
+                member.overdue()
+                return None
             raise self._too_late(reasons) from error
         except InvalidTensor as error:
             raise ScoringError(

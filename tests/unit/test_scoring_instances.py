@@ -32,6 +32,7 @@ class Device:
         self.healthy = True
         self.error: BackendError | None = None
         self.calls = 0
+        self.deadline: float | None = None
         self.closed = False
         self.entered = threading.Event()
         self.hold: threading.Event | None = None
@@ -43,6 +44,7 @@ class Device:
         deadline: float | None = None,
     ) -> dict[str, Array]:
         self.calls += 1
+        self.deadline = deadline
         self.entered.set()
         if self.hold is not None:
             assert self.hold.wait(10)
@@ -183,6 +185,46 @@ def test_other_errors_are_the_requests_own(pair: Pair, error: BackendError, code
         pair.answer()
     assert caught.value.code is code
     assert pair.cpu.calls == 0
+
+
+def test_time_is_kept_for_the_cpu_and_one_that_used_its_own_up_is_left_alone(pair: Pair) -> None:
+    assert pair.answer(deadline=108.0) == 1.0
+    assert pair.fpga.deadline == 106.0
+    pair.fpga.error = DeadlineExceeded("no answer")
+    assert pair.answer(deadline=108.0) == 2.0
+    assert pair.cpu.deadline == 108.0
+    assert pair.answer(deadline=108.0) == 2.0
+    assert pair.fpga.calls == 2, "others do not wait for it as well"
+    pair.fpga.error = None
+    pair.time.value += circuit.FIRST_PAUSE
+    assert pair.answer(deadline=108.0) == 1.0
+
+
+def test_no_more_than_half_the_time_is_kept_for_a_slow_cpu(pair: Pair) -> None:
+    original = pair.cpu.run
+
+    def slow(*arguments: object) -> dict[str, Array]:
+        pair.time.value += 3
+        return original(*arguments)  # type: ignore[arg-type]
+
+    pair.cpu.run = slow  # type: ignore[method-assign]
+    pair.fpga.healthy = False
+    pair.answer()
+    pair.fpga.healthy = True
+    now = pair.time.value
+    for left, kept in ((4.0, 2.0), (10.0, 5.0), (16.0, 6.0), (40.0, 10.0)):
+        assert pair.answer(deadline=now + left) == 1.0
+        assert pair.fpga.deadline == now + left - kept
+
+
+def test_nothing_is_kept_for_a_cpu_that_could_not_answer(pair: Pair) -> None:
+    pair.cpu.healthy = False
+    assert pair.answer(deadline=108.0) == 1.0
+    assert pair.fpga.deadline == 108.0
+    pair.fpga.error = DeadlineExceeded("no answer")
+    with pytest.raises(ScoringError) as caught:
+        pair.answer(deadline=108.0)
+    assert caught.value.code is Code.DEADLINE_EXCEEDED
 
 
 def test_time_is_checked_before_each_attempt(pair: Pair) -> None:
