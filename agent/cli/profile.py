@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..version import VERSION
 from .command import (
     CommandError,
     add_config_option,
@@ -126,8 +127,6 @@ def _measured(
     name: str,
     version: str,
 ) -> Report:
-    from importlib.metadata import version as installed
-
     from ..clock import SystemClock
     from ..profile import recommend, sweep
     from ..profile.report import Report
@@ -152,7 +151,7 @@ def _measured(
         version=version,
         target=target,
         created=SystemClock().now().isoformat(timespec="seconds"),
-        gatelet=installed("gatelet"),
+        gatelet=VERSION,
         device=_device(arguments),
         points=tuple(points),
         recommendation=_recommended(
@@ -235,7 +234,9 @@ def _say(report: Report, files: Sequence[Path]) -> None:
     if chosen.cpu is not None:
         rows.append(("CPU cores", f"{chosen.cpu:g}"))
     if chosen.memory_in_gb is not None:
-        rows.append(("memory", f"{chosen.memory_in_gb:g} GB"))
+        from ..profile.page import amount
+
+        rows.append(("memory", amount(chosen.memory_in_gb)))
     for name, value in rows:
         print(f"  {name:<20}{value}")
     for reason in chosen.reasons:
@@ -284,9 +285,14 @@ def _progress(name: str, total: int, *, quiet: bool) -> Iterator[Callable[[Point
 
 
 def _shown(point: Point) -> str:
-    threads = f", {point.threads} threads" if point.threads else ""
+    threads = f", {_counted(point.threads, 'thread')}" if point.threads else ""
     way = ", together" if point.together else ""
+    callers = _counted(point.concurrency, "caller")
     return (
-        f"{point.backend}{threads}, batch {point.batch}, {point.concurrency} callers{way}: "
+        f"{point.backend}{threads}, batch {point.batch}, {callers}{way}: "
         f"{point.requests_per_second:,.0f}/s, p50 {point.p50_ms:.3g} ms"
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 16, 60
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 40, 60
 SLOTS = 6
 _FEW = 8
 
@@ -55,8 +55,8 @@ def svg(chart: Chart) -> str:
         *(_grid_y(value, y.at(value)) for value in y.ticks),
         f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2:.0f}" y="{HEIGHT - 8}" '
         f'text-anchor="middle">{escape(chart.x_label)}</text>',
-        f'<text class="axis" transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2:.0f}) '
-        f'rotate(-90)" text-anchor="middle">{escape(chart.y_label)}</text>',
+        # Above the axis, not along it: it stays readable where the whole chart is small.
+        f'<text class="axis" x="4" y="22">{escape(chart.y_label)}</text>',
         *(_drawn(series, x, y) for series in chart.series),
         "</svg>",
     ]

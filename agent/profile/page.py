@@ -53,6 +53,10 @@ th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
 summary { cursor: pointer; margin: 32px 0 12px; font-weight: 600 }
 .bad { color: var(--c4) }
+/* On a phone a chart has half its size, its letters must not. */
+@media (max-width: 560px) { .tick, .axis { font-size: 24px } .line { stroke-width: 3.5 }
+  main { padding: 20px 12px 40px } pre { font-size: .76rem } .card { padding: 14px }
+  .tiles { grid-template-columns: repeat(2, 1fr) } }
 """
 
 
@@ -68,7 +72,7 @@ def page(report: Report) -> str:
 <h1>{escape(title)}</h1>
 <p class="sub">Profile of {escape(report.target)} on {escape(device.name)} ({device.cores} cores,
 {device.memory_in_gb:.1f} GB, {escape(device.processor)}{escape(board)}),
-{escape(report.created)}, gatelet {escape(report.gatelet)}</p>
+{escape(_day(report.created))}, gatelet {escape(report.gatelet)}</p>
 <h2>Recommended</h2><div class="card">{_tiles(report)}{_reasons(report)}</div>
 {_comparison(report.points)}
 <h2>Measured</h2><div class="charts">
@@ -83,6 +87,16 @@ of other machines.</p>
 <script type="application/json" id="report">{_embedded(report)}</script>
 </main></body></html>
 """
+
+
+def _day(created: str) -> str:
+    """2026-01-02 03:04 UTC, of ISO 8601."""
+    return f"{created[:16].replace('T', ' ')} UTC" if created.endswith("+00:00") else created
+
+
+def amount(gigabytes: float) -> str:
+    """Memory for people: 50 MB, 1.25 GB."""
+    return f"{gigabytes * 1000:.0f} MB" if gigabytes < 1 else f"{gigabytes:.3g} GB"
 
 
 def charts(points: Sequence[Point]) -> list[Chart]:
@@ -198,7 +212,7 @@ def _tiles(report: Report) -> str:
     if chosen.cpu is not None:
         tiles.append(("CPU cores", f"{chosen.cpu:g}"))
     if chosen.memory_in_gb is not None:
-        tiles.append(("memory", f"{chosen.memory_in_gb:g} GB"))
+        tiles.append(("memory", amount(chosen.memory_in_gb)))
     cells = "".join(
         f"<div><b>{escape(value)}</b><span>{name}</span></div>" for name, value in tiles
     )

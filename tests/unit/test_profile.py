@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
+import os
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -166,6 +170,44 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert json.loads(embedded[1])["recommendation"]["maxBatch"] == 8
     assert "Cortex-A9 &lt;&amp;&gt;" in text
     assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not shutil.which("chromium"), reason="needs chromium"
+)
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_fits_phones_and_desks(tmp_path: Path, width: int) -> None:
+    points = [point(batch=n, rate=1e5 / n) for n in (1, 2, 4, 64)]
+    points += [point("concurrency", concurrency=n, rate=3e4 * n) for n in (1, 2, 32)]
+    # What sticks out of the page, of a chart or of its card; letters of charts in screen pixels.
+    look = """<script>
+      const all = [...document.querySelectorAll('main *:not(.scroll *):not(pre):not(script)')];
+      const out = all.filter(one => one.getBoundingClientRect().right > innerWidth + 1
+        || one.getBoundingClientRect().left < -1).map(one => one.outerHTML.slice(0, 80));
+      const texts = [...document.querySelectorAll('.charts svg[role] text')];
+      const least = Math.min(...texts.map(one => one.getBoundingClientRect().height));
+      document.title = JSON.stringify({width: innerWidth, out, least,
+        scroll: document.documentElement.scrollWidth});
+    </script>"""
+    file = tmp_path / "page.html"
+    file.write_text(page(report(points)).replace("</main>", f"</main>{look}"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    found = subprocess.run(
+        [
+            *("chromium", *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom"),
+            *(f"--window-size={width},900", file.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    title = re.search(r"<title>(.*?)</title>", found.stdout)
+    assert title is not None
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["out"] == []
+    assert seen["scroll"] <= seen["width"] <= 1280
+    assert seen["least"] >= 9
 
 
 def test_a_closed_loop_counts_what_fails() -> None:
