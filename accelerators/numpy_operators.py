@@ -95,7 +95,8 @@ def _softmax(call: Call, x: Value) -> Value:
     axis = call.integer("axis", -1 if call.opset >= 13 else 1)
     shape = x.shape
     if call.opset < 13:
-        axis = axis % (x.ndim + 1)
+        # Counted from the end of the shape, as elsewhere; the whole shape's end counts as well.
+        axis = axis + x.ndim if axis < 0 else axis
         x, axis = x.reshape(math.prod(shape[:axis]), -1) if x.size else x, -1
     if x.size == 0:
         return x.reshape(shape)

@@ -136,6 +136,9 @@ def _max_pool(call: Call, x: Value) -> Value:
 def _average_pool(call: Call, x: Value) -> Value:
     windows = windows_of(call, x.shape[2:], call.integers("kernel_shape") or ())
     sums = view(x, windows, 0).sum(axis=_kernel_axes(x), dtype=x.dtype)
+    if call.integer("count_include_pad", 0) and call.opset < 19:
+        # What ceil_mode reads beyond the padding counts, too: onnxruntime has kept it so.
+        return sums / x.dtype.type(math.prod(windows.kernel))
     counted = np.ones((1, 1, *x.shape[2:]), x.dtype)
     if call.integer("count_include_pad", 0):
         padding = [(0, 0), (0, 0), *zip(windows.begin, windows.end, strict=True)]

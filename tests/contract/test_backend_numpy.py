@@ -519,3 +519,29 @@ def test_constants_in_fields_of_their_type_are_onnxs(element: int, values: list[
         expected = numpy_helper.to_array(tensor)
         assert found.dtype == expected.dtype
         assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("opset", [7, 11, 12, 13, 17])
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+def test_softmax_counts_negative_axes_from_the_end(opset: int, axis: int) -> None:
+    """Before operator set 13 it flattened everything behind the axis."""
+    x = np.random.default_rng(1).normal(0, 2, (2, 3, 4)).astype(np.float32)
+    nodes = [helper.make_node("Softmax", ["x"], ["y"], axis=axis)]
+    assert_close(build(nodes, {"x": x}, {"y": FLOAT}, opset=opset), {"x": x})
+
+
+@pytest.mark.parametrize("opset", [11, 17, 19, 22])
+@pytest.mark.parametrize("include", [0, 1])
+def test_averages_at_the_end_count_what_onnxruntime_counts(opset: int, include: int) -> None:
+    """With ceil_mode the last windows reach beyond the padding; operator set 19 changed that."""
+    for pads, kernel, strides in (
+        ([0, 0, 0, 0], [3, 3], [2, 2]),
+        ([1, 1, 1, 1], [3, 2], [2, 3]),
+        ([1, 0, 0, 1], [3, 3], [3, 1]),
+    ):
+        x = np.random.default_rng(2).normal(0, 2, (2, 2, 7, 8)).astype(np.float32)
+        node = helper.make_node(
+            "AveragePool", ["x"], ["y"], kernel_shape=kernel, strides=strides, pads=pads,
+            ceil_mode=1, count_include_pad=include,
+        )  # fmt: skip
+        assert_close(build([node], {"x": x}, {"y": FLOAT}, opset=opset), {"x": x})
