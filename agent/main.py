@@ -46,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parser = _parser(words)
-        parsed = parser.parse_args(words)
+        parsed, rest = parser.parse_known_args(words)
+        if len(rest) == 1 and getattr(parsed, "payload", None) == "" and rest[0][:1] != "-":
+            # argparse takes no optional argument after an option that follows a required one.
+            parsed.payload, rest = rest[0], []
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = parsed.run(parsed)
     except CommandError as error:
         print(f"gatelet: {error}", file=sys.stderr)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,19 +169,37 @@ async def _serve(arguments: argparse.Namespace, settings: SiteSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        site = Site(settings)
-        await site.start()
+        with _alone(settings):
+            site = Site(settings)
+            await site.start()
+            try:
+                if arguments.json:
+                    print_json(site.describe())
+                else:
+                    _tell(site.describe())
+                await stop.wait()
+            finally:
+                await site.stop()
     except (OSError, PkiUnreadable, StateUnreadable, StoreUnreadable) as error:
         raise CommandError(f"cannot start the site in {settings.folder}: {error}") from error
-    try:
-        if arguments.json:
-            print_json(site.describe())
-        else:
-            _tell(site.describe())
-        await stop.wait()
-    finally:
-        await site.stop()
     return 0
+
+
+@contextmanager
+def _alone(settings: SiteSettings) -> Iterator[None]:
+    """Two of one kind would write over each other's files. Raises OSError, CommandError."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        for part in sorted(settings.parts):
+            lock = locks.enter_context(open(settings.folder / f".{part}.lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CommandError(
+                    f"another {part} runs in {settings.folder}: end that one, or name another "
+                    "folder with --dir"
+                ) from error
+        yield
 
 
 def _tell(about: dict[str, Any]) -> None:

@@ -188,6 +188,7 @@ class Site:
                 "edgeAgentConnectionString": self._hub.connection_string(device, EDGE_AGENT),
                 "serviceConnectionString": self._hub.service_connection_string,
                 "serviceUrl": self._hub.rest_url,
+                "uploadsUrl": self._hub.uploads_url,
                 "pageUrl": f"{self.control.url}/hub/#token={self.control.token}",
                 "deviceConnectionStrings": {
                     one.id: self._hub.connection_string(one.id) for one in self._settings.devices

@@ -1,6 +1,6 @@
 """Port 443 of a hub, for devices: MQTT over websockets, file upload, calls between modules, a
-device's own module identities, and the storage that uploads go to (the Put Blob, Put Block and Put
-Block List calls of Azure Storage).
+device's own module identities, and the storage that uploads go to (the Put Blob, Put Block, Put
+Block List, Get Blob and List Blobs calls of Azure Storage).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def make_device_application(
     for base in ("/twins/{device}", "/twins/{device}/modules/{module}"):
         add.add_post(base + "/methods", routes.invoke_method)
     blob = f"/{CONTAINER}/{{blob:.+}}"
+    add.add_get(f"/{CONTAINER}", routes.list_blobs)
     add.add_put(blob, routes.put_blob)
     add.add_get(blob, routes.get_blob)
     return application
@@ -145,6 +146,24 @@ class _Routes:
         else:
             uploads.put(blob, body, content_type)
         return web.Response(status=201, headers={"ETag": '"0x1"', "x-ms-version": "2021-10-04"})
+
+    async def list_blobs(self, request: web.Request) -> web.Response:
+        """List Blobs, of the whole container at once."""
+        uploads = self._hub.uploads
+        uploads.check("", request.query)
+        if request.query.get("sr") != "c" or request.query.get("comp") != "list":
+            raise invalid("a container answers restype=container&comp=list, signed for all of it")
+        root = ElementTree.Element("EnumerationResults", ContainerName=CONTAINER)
+        blobs = ElementTree.SubElement(root, "Blobs")
+        for name, stored in sorted(uploads.blobs.items()):
+            blob = ElementTree.SubElement(blobs, "Blob")
+            ElementTree.SubElement(blob, "Name").text = name
+            properties = ElementTree.SubElement(blob, "Properties")
+            ElementTree.SubElement(properties, "Content-Length").text = str(len(stored.body))
+            ElementTree.SubElement(properties, "Content-Type").text = stored.content_type
+        ElementTree.SubElement(root, "NextMarker")
+        body = ElementTree.tostring(root, "utf-8", xml_declaration=True)
+        return web.Response(body=body, content_type="application/xml")
 
     async def get_blob(self, request: web.Request) -> web.Response:
         blob = request.match_info["blob"]

@@ -9,6 +9,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from aiohttp import web
@@ -30,6 +31,7 @@ from .telemetry import TelemetryStore
 _log = logging.getLogger(__name__)
 _SAVE_DELAY = 0.05
 _CLOSE_SECONDS = 2.0
+_UPLOADS_LIFETIME = timedelta(days=365)
 _LOOPBACK = "127.0.0.1"
 
 
@@ -106,6 +108,11 @@ class IotHub:
     @property
     def storage_host(self) -> str:
         return self.core.uploads.storage_host
+
+    @property
+    def uploads_url(self) -> str:
+        """Of the storage, with a signature for all of it: the `sasUrl` of UploadModuleLogs."""
+        return self.core.uploads.container_url(_UPLOADS_LIFETIME)
 
     @property
     def routes(self) -> dict[str, tuple[str, int]]:

@@ -97,9 +97,9 @@ class Uploads:
 
     # The storage.
 
-    def container_url(self) -> str:
+    def container_url(self, lifetime: timedelta = _LIFETIME) -> str:
         """The container's URL with a signature for all its blobs, as `UploadModuleLogs` takes."""
-        return f"https://{self.storage_host}/{CONTAINER}{self._token('', 'c')}"
+        return f"https://{self.storage_host}/{CONTAINER}{self._token('', 'c', lifetime)}"
 
     def check(self, blob: str, query: Mapping[str, str]) -> None:
         """Whether the query carries a token for this blob or for all. Raises HubError 403."""
@@ -117,7 +117,7 @@ class Uploads:
     def put(self, blob: str, body: bytes, content_type: str) -> None:
         """Put Blob. Raises HubError 413 or 507."""
         if len(body) > BLOB_LIMIT:
-            raise HubError(413, "RequestBodyTooLarge", f"a blob has up to {BLOB_LIMIT} bytes here")
+            raise _too_large()
         others = sum(len(b.body) for name, b in self.blobs.items() if name != blob)
         if others + len(body) > _STORED_LIMIT:
             raise HubError(507, "InsufficientStorage", "the simulated storage is full")
@@ -131,10 +131,13 @@ class Uploads:
         self._blocks[blob, block] = body
 
     def put_block_list(self, blob: str, blocks: list[str], content_type: str) -> None:
-        """Put Block List. Raises HubError 400 for a block that was not put."""
+        """Put Block List. Raises HubError 400 for a block that was not put, 413 or 507."""
         missing = [block for block in blocks if (blob, block) not in self._blocks]
         if missing:
             raise HubError(400, "InvalidBlockList", f"unknown blocks: {', '.join(missing)}")
+        # Before they are joined: a list may name one block many times.
+        if sum(len(self._blocks[blob, block]) for block in blocks) > BLOB_LIMIT:
+            raise _too_large()
         self.put(blob, b"".join(self._blocks[blob, block] for block in blocks), content_type)
         for key in [key for key in self._blocks if key[0] == blob]:
             del self._blocks[key]
@@ -145,8 +148,8 @@ class Uploads:
             raise HubError(404, "BlobNotFound", f"there is no blob {blob!r}")
         return self.blobs[blob]
 
-    def _token(self, blob: str, kind: str = "b") -> str:
-        expiry = (self._clock.now() + _LIFETIME).strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _token(self, blob: str, kind: str = "b", lifetime: timedelta = _LIFETIME) -> str:
+        expiry = (self._clock.now() + lifetime).strftime("%Y-%m-%dT%H:%M:%SZ")
         fields = {"sv": "2021-10-04", "sr": kind, "sp": "rw", "se": expiry}
         return "?" + urlencode({**fields, "sig": self._signature(blob, fields)})
 
@@ -156,3 +159,7 @@ class Uploads:
 
     def _now(self) -> str:
         return self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _too_large() -> HubError:
+    return HubError(413, "RequestBodyTooLarge", f"a blob has up to {BLOB_LIMIT} bytes here")

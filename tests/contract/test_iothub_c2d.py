@@ -20,6 +20,7 @@ from gatelet.simulator.iothub import sas
 from gatelet.simulator.iothub.devices import ClientId
 from gatelet.simulator.iothub.errors import HubError
 from gatelet.simulator.iothub.server import IotHub
+from gatelet.simulator.iothub.uploads import BLOB_LIMIT
 from gatelet.simulator.pki import Pki
 
 pytestmark = pytest.mark.filterwarnings(
@@ -296,6 +297,19 @@ async def test_file_upload(bench: Bench, by: str) -> None:
         xml = "<BlockList><Latest>QQ==</Latest><Latest>Qg==</Latest></BlockList>"
         async with http.put(url + "&comp=blocklist", data=xml, **to_storage) as answer:
             assert answer.status == 201
+        xml = f"<BlockList>{'<Latest>QUE=</Latest>' * 100}</BlockList>"
+        block = b"x" * (BLOB_LIMIT // 99)
+        async with http.put(url + "&comp=block&blockid=QUE%3D", data=block, **to_storage) as answer:
+            assert answer.status == 201
+        async with http.put(url + "&comp=blocklist", data=xml, **to_storage) as answer:
+            assert answer.status == 413
+        whole = bench.hub.uploads_url + "&restype=container&comp=list"
+        async with http.get(whole, **to_storage) as answer:
+            assert answer.status == 200
+            assert "<Name>d1/logs/day 1.txt</Name>" in await answer.text()
+        no_list = url.replace("/d1/logs/day%201.txt", "") + "&comp=list"
+        async with http.get(no_list, **to_storage) as answer:
+            assert answer.status == 403
     assert bench.hub.core.uploads.get("d1/logs/day 1.txt").body == b"12"
     await asyncio.wait_for(
         client.notify_blob_upload_status(info["correlationId"], True, 200, "done"), 15

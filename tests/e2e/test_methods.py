@@ -301,6 +301,10 @@ async def test_method_and_restart_commands(site: Any) -> None:
     )
     assert code == 0
     assert json.loads(out)["payload"][0]["id"] == "digits"
+    code, again, err = await gatelet(site, "method", "GetModuleLogs", "--json", payload)
+    assert (code, json.loads(again)["payload"][0]["id"]) == (0, "digits"), err
+    code, _, err = await gatelet(site, "method", "ping", "{}", "more")
+    assert (code, "unrecognized arguments: more" in err) == (2, True)
     code, _, err = await gatelet(site, "method", "Reboot")
     assert code == 1
     assert "known: ping" in err

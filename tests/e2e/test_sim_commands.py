@@ -186,6 +186,20 @@ def test_a_site_from_a_file(tmp_path: Path) -> None:
         assert "DeviceId=camera" in about["hub"]["deviceConnectionStrings"]["camera"]
         assert (tmp_path / "state" / "agent.toml").is_file()
         assert {"hub", "broker", "registry", "control", "agentConfig"} <= set(about)
+        assert about["hub"]["uploadsUrl"].startswith("https://storage.")
+        # Its files are its own as long as it runs.
+        for other in ("up", "registry"):
+            second = subprocess.run(
+                [*GATELET, "sim", other, "--dir", "state"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert second.returncode == 1
+            assert "runs in" in second.stderr
+            assert "--dir" in second.stderr
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
