@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .cli.command import CommandError
+from .version import VERSION
 
 _COMMANDS = {
     "run": "run",
@@ -101,9 +102,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"gatelet {version('gatelet')}")
+        print(f"gatelet {VERSION}")
         parser.exit()
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -68,6 +67,7 @@ from .telemetry import LifecycleEvents, Upstream
 from .trust import load_trust
 from .twin.transport import TwinTransport
 from .unsupported import shortened, unsupported
+from .version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +227,6 @@ class Agent:
         self._starts: dict[str, Start] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._began = clock.now()
-        # Once: it reads and parses the metadata file, and a report is made with every pass.
-        self._version = AgentVersion(version("gatelet"))
 
     async def run(self, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
         """Run until `stop` is set or a part of the agent fails, whose error is raised.
@@ -363,7 +361,7 @@ class Agent:
             fabric = fabric_state(snapshot.scoring.fabric if snapshot.scoring else None)
             details["board"] = {"name": self._board.name, "part": self._board.part, **fabric}
         return build_reported(
-            version=self._version,
+            version=AgentVersion(VERSION),
             platform=Platform(platform.system().lower(), platform.machine(), platform.release()),
             desired=DesiredStatus(
                 *(

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
@@ -24,6 +23,7 @@ from ...accelerators.notify import Notifier
 from ...accelerators.numpy_backend import NumpyBackend
 from ...accelerators.parent import die_with_parent
 from ...protos.services import SCORING, handlers
+from ..version import VERSION
 from .control_service import ControlService
 from .dataplane import DataPlane
 from .fabric_metrics import FabricMetrics
@@ -93,7 +93,7 @@ def _serve(settings: ScoringSettings) -> int:
 
 
 def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> int:
-    plane = DataPlane(_version())
+    plane = DataPlane(VERSION)
     with ExitStack() as unused:
         fabric = fabric_of(backends)
         transports = Transports(plane, settings, metrics=() if fabric is None else (fabric,))
@@ -192,13 +192,6 @@ def _make_room(path: Path) -> None:
         except OSError:
             return
     raise AddressUnavailable(f"another scoring process listens on {path}; end it first")
-
-
-def _version() -> str:
-    try:
-        return version("gatelet")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def main(arguments: list[str] | None = None) -> int:

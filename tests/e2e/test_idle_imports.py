@@ -69,7 +69,7 @@ MANIFEST = {
         }
     }
 }
-WITHOUT_HUB = {"azure", "charset_normalizer", "requests", "urllib3"}
+WITHOUT_HUB = {"azure", "charset_normalizer", "importlib.metadata", "requests", "urllib3"}
 
 
 class _Engine(BaseHTTPRequestHandler):

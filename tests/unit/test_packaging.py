@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gatelet.agent.version import VERSION
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +26,10 @@ def test_packages_are_the_folders_with_an_init_file() -> None:
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_the_version_is_the_packages() -> None:
+    assert PROJECT["project"]["version"] == VERSION
 
 
 def test_every_folder_with_modules_has_an_init_file() -> None:
