@@ -6,29 +6,24 @@ arrives meanwhile queues up for the runner threads, which exist only while there
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
 
 from ...accelerators.tensors import Array
 from .batching import BatchConfig, decide
+from .batching_execution import Execution
 from .batching_job import Answer, Done, Execute, Job, Results, too_late
-from .batching_pace import Pace
 from .batching_queue import Queue, QueueFull
-from .batching_stack import split, stack
-from .errors import DEFECT, Code, ScoringError
+from .errors import Code, ScoringError
 from .statistics import Statistics
-
-log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 10.0
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _RETRY_SECONDS = (0.01, 5.0)
 
 
-class BatchRunner:
+class BatchRunner(Execution):
     """Thread-safe. `batched` says whether the inputs have the batch as their first dimension."""
 
     def __init__(
@@ -44,13 +39,9 @@ class BatchRunner:
     ) -> None:
         """`free_sizes`: whether other dimensions than the first one vary between requests, or
         inputs may be left out."""
-        self.config = config
-        self._name = name
-        self._execute_model = execute
-        self._statistics = statistics
+        super().__init__(name, execute, config, statistics, now)
         self._batched = batched
         self._free_sizes = free_sizes
-        self._now = now
         # Taken directly where nobody waits for a turn: a Condition's own `with` costs more.
         self._lock = threading.Lock()
         self._turn = threading.Condition(self._lock)
@@ -58,7 +49,6 @@ class BatchRunner:
         self._running = 0
         self._runners: set[threading.Thread] = set()
         self._closed = False
-        self._pace = Pace()
 
     @property
     def pending(self) -> int:
@@ -142,9 +132,38 @@ class BatchRunner:
             for job in expired:
                 job.finish(too_late(self._name, waited=True))
             try:
-                self._execute(jobs)
+                self.execute(jobs)
             finally:
                 self._leave()
+
+    def serve_stacked(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str],
+        requests: int,
+        items: int,
+        longest: float,
+    ) -> Results | None:
+        """As `serve_here` for requests that came together, stacked already, and need not wait for
+        anybody: nobody else does, and a slot is free. None: `submit` them one by one."""
+        config = self.config
+        with self._lock:
+            if (
+                self._closed
+                or self._queue.waiting
+                or self._running >= config.slots
+                or not self._batched
+                or items > config.max_batch
+                or config.max_delay > 0
+                or (config.preferred and items not in config.preferred)
+                or not 0.0 < self._pace.expected(items) <= longest
+            ):
+                return None
+            self._running += 1
+        try:
+            return self.run_stacked(inputs, outputs, requests, items)
+        finally:
+            self._leave()
 
     def _is_short(self, batch: Sequence[Job], longest: float) -> bool:
         items = 0
@@ -272,7 +291,7 @@ class BatchRunner:
                 job.finish(too_late(self._name, waited=True))
             if batch:
                 try:
-                    self._execute(batch)
+                    self.execute(batch)
                 finally:
                     self._leave()
 
@@ -295,92 +314,6 @@ class BatchRunner:
             elif not self._turn.wait(timeout) and not queue.waiting:
                 break
         return (), ()
-
-    def _execute(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs together and finish each. Never raises."""
-        started = self._now()
-        for job in jobs:
-            job.started = started
-        try:
-            if len(jobs) == 1:
-                self._alone(jobs[0])
-            else:
-                self._together(jobs)
-        except ScoringError as error:
-            for job in jobs:
-                job.finish(ScoringError(error.code, error.message, error.retry_after))
-        except Exception:
-            # A defect must not leave callers waiting: they get INTERNAL, the log the traceback.
-            log.exception("%s: a run hit a defect of the server", self._name)
-            for job in jobs:
-                job.finish(ScoringError(Code.INTERNAL, f"{self._name}: {DEFECT}"))
-        self._pace.ran(self._now() - started, sum([job.items for job in jobs]))
-
-    def _alone(self, job: Job) -> None:
-        before = time.perf_counter_ns()
-        results = self._execute_model(job.inputs, job.outputs, job.deadline, 1)
-        self._statistics.executed(job.items, 1, 0, time.perf_counter_ns() - before, 0)
-        self._count((job,))
-        job.finish(results)
-
-    def _count(self, jobs: Sequence[Job]) -> None:
-        """In the statistics, before anybody has an answer."""
-        now = self._now()
-        number = items = 0
-        took = queued = 0.0
-        for job in jobs:
-            if job.counted:
-                number += 1
-                items += job.items
-                took += now - job.arrived
-                queued += max(0.0, job.started - job.arrived)
-        if number:
-            self._statistics.succeeded(int(took * 1e9), int(queued * 1e9), items, number)
-
-    def _together(self, jobs: Sequence[Job]) -> None:
-        before = time.perf_counter_ns()
-        stacked = stack(jobs)
-        running = time.perf_counter_ns()
-        try:
-            results = self._execute_model(
-                stacked.inputs, stacked.outputs, stacked.deadline, len(jobs)
-            )
-        except ScoringError as error:
-            if error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL):
-                # One of them may be at fault: the others must not pay for it.
-                self._one_by_one(jobs)
-                return
-            raise
-        ran = time.perf_counter_ns()
-        answers = split(jobs, results, stacked.items)
-        if answers is None:
-            log.warning(
-                "%s does not answer a batch item by item; its requests run singly from now on",
-                self._name,
-            )
-            self.config = replace(self.config, max_batch=1, max_delay=0.0, preferred=())
-            self._one_by_one(jobs)
-            return
-        self._statistics.executed(
-            stacked.items,
-            len(jobs),
-            running - before,
-            ran - running,
-            time.perf_counter_ns() - ran,
-        )
-        self._count(jobs)
-        for job, answer in zip(jobs, answers, strict=True):
-            job.finish(answer)
-
-    def _one_by_one(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if job.deadline is not None and job.deadline <= self._now():
-                job.finish(too_late(self._name, waited=True))
-                continue
-            try:
-                self._alone(job)
-            except ScoringError as error:
-                job.finish(error)
 
     def _full(self) -> ScoringError:
         low, high = _RETRY_SECONDS

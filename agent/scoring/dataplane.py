@@ -221,6 +221,35 @@ class DataPlane:
             raise
         return instance, job
 
+    def largest_batch(self, model: str) -> int:
+        """Items that its default version may run together; 1 where it is not known."""
+        route = self.table.routes.get(model)
+        return 1 if route is None else route.default.instance.batching.max_batch
+
+    def infer_stacked(self, request: InferenceRequest, requests: int) -> InferenceResponse | None:
+        """Several requests that arrived together and differ in their tensors' values only, stacked
+        along the first dimension: their answers, stacked likewise, or None where each has to be
+        submitted by itself (as when one fails, waits, or is routed by lot). On event loops only:
+        never waits. Requests without deadline, priority and classes."""
+        table = self._table
+        route = None if table is None else table.routes.get(request.model)
+        if route is None or route.bounds or route.mirrors or request.version:
+            return None
+        target = route.default
+        instance = target.instance
+        if not instance.begin():
+            return None
+        try:
+            outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
+            inputs = {tensor.name: tensor.array for tensor in request.inputs}
+            items = request.inputs[0].array.shape[0]
+            results = instance.serve_stacked(inputs, outputs, requests, items)
+            return None if results is None else self._response(request, target, outputs, results)
+        except ScoringError:
+            return None
+        finally:
+            instance.end()
+
     def _response(
         self,
         request: InferenceRequest,

@@ -308,8 +308,7 @@ class Core(Sending, Generic[H]):
         if number > self._seen or not number & 1:
             raise _broken("RST_STREAM for a stream that is not open")
         self.charge()
-        stream = self.streams.pop(number, None)
-        if stream is not None:
+        if (stream := self.streams.pop(number, None)) is not None:
             self.drop(stream)
             self._sink.on_reset(stream)
 
@@ -385,7 +384,7 @@ def _unpadded(data: bytes, start: int, end: int) -> tuple[int, int]:
 
 
 def _check_priority(number: int, data: bytes, start: int) -> None:
-    if h2.NUMBER.unpack_from(data, start)[0] & h2.LARGEST_WINDOW == number:
+    if h2.NUMBER.unpack_from(data, start)[0] & LARGEST_WINDOW == number:
         raise _broken("a stream cannot depend on itself")
 
 

@@ -3,6 +3,7 @@ and written without building protobuf's objects."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from .types import InferenceRequest, InferenceResponse, Tensor
 _MOST_PLANS = 128
 _MOST_TENSORS = 8
 _LONGEST_FIXED = 4096
-_NAMED = 32
+_MODEL_NAME = b"\x0a"
 _PATIENCE = 16
 _RAW_INPUT = b"\x3a"
 _RAW_OUTPUT = b"\x32"
@@ -26,16 +27,48 @@ _PLAIN = frozenset(NUMPY_DTYPES) - {"BOOL", "BYTES"}
 _NOTHING: dict[str, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """`tensors`: name, datatype, dtype, shape, first byte and end of each; `fixed`: the bytes
-    before each tensor's contents, with where they begin."""
+    before each tensor's contents, with where they begin. `rows`: the first dimension of all the
+    tensors, 0 where they have none in common."""
 
     model: str
     version: str
     outputs: tuple[str, ...]
     tensors: tuple[tuple[str, str, np.dtype[np.generic], tuple[int, ...], int, int], ...]
     fixed: tuple[tuple[bytes, int], ...]
+    rows: int
+
+    def request(
+        self, message: bytes, deadline: float | None, headers: Mapping[str, str]
+    ) -> InferenceRequest:
+        tensors = [
+            # A copy, since the contents may lie where no such number may.
+            Tensor(name, datatype, np.frombuffer(message[at:end], dtype).reshape(shape))
+            for name, datatype, dtype, shape, at, end in self.tensors
+        ]
+        return InferenceRequest(
+            self.model,
+            tuple(tensors),
+            self.version,
+            "",
+            self.outputs,
+            deadline,
+            0,
+            _NOTHING,
+            headers,
+        )
+
+    def stacked(self, messages: Sequence[bytes]) -> InferenceRequest:
+        """The requests of several messages, one behind the other along the first dimension."""
+        rows = self.rows * len(messages)
+        tensors = []
+        for name, datatype, dtype, shape, at, end in self.tensors:
+            contents = b"".join([message[at:end] for message in messages])
+            array = np.frombuffer(contents, dtype).reshape((rows, *shape[1:]))
+            tensors.append(Tensor(name, datatype, array))
+        return InferenceRequest(self.model, tuple(tensors), self.version, "", self.outputs)
 
 
 class RequestPlans:
@@ -46,37 +79,19 @@ class RequestPlans:
         self._plans: dict[tuple[int, bytes], Plan] = {}
         self._others = 0
 
-    def read(
-        self, message: bytes, deadline: float | None, headers: dict[str, str]
-    ) -> InferenceRequest | None:
+    def match(self, message: bytes) -> Plan | None:
         """None: no such request was planned."""
-        plan = self._plans.get((len(message), message[:_NAMED]))
+        plan = self._plans.get((len(message), _beginning(message)))
         if plan is None:
             return None
         for fixed, at in plan.fixed:
             if not message.startswith(fixed, at):
                 return None
-        return InferenceRequest(
-            plan.model,
-            tuple(
-                [
-                    # A copy, since the contents may lie where no such number may.
-                    Tensor(name, datatype, np.frombuffer(message[at:end], dtype).reshape(shape))
-                    for name, datatype, dtype, shape, at, end in plan.tensors
-                ]
-            ),
-            plan.version,
-            "",
-            plan.outputs,
-            deadline,
-            0,
-            _NOTHING,
-            headers,
-        )
+        return plan
 
     def learn(self, message: bytes, parsed: oip.ModelInferRequest) -> None:
         """From a request that was decoded without an error."""
-        key = (len(message), message[:_NAMED])
+        key = (len(message), _beginning(message))
         if key in self._plans:
             # Learning costs as much as reading: not for requests that take turns.
             self._others += 1
@@ -87,6 +102,12 @@ class RequestPlans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
+
+
+def _beginning(message: bytes) -> bytes:
+    """Up to the end of the model's name, if that comes first."""
+    named = message[:1] == _MODEL_NAME and len(message) > 1 and message[1] < 128
+    return message[: 2 + message[1]] if named else b""
 
 
 def plan_of(message: bytes, parsed: oip.ModelInferRequest) -> Plan | None:
@@ -129,7 +150,11 @@ def plan_of(message: bytes, parsed: oip.ModelInferRequest) -> Plan | None:
     except DecodeError:
         return None
     outputs = tuple(output.name for output in parsed.outputs)
-    return Plan(parsed.model_name, parsed.model_version, outputs, tuple(tensors), tuple(fixed))
+    leading = {tuple(tensor.shape)[:1] for tensor in inputs}
+    rows = leading.pop()[0] if len(leading) == 1 and () not in leading else 0
+    return Plan(
+        parsed.model_name, parsed.model_version, outputs, tuple(tensors), tuple(fixed), rows
+    )
 
 
 class AnswerPlans:
@@ -143,20 +168,46 @@ class AnswerPlans:
         outputs = answer.outputs
         if len(outputs) != 1 or answer.id or outputs[0].datatype not in _PLAIN:
             return framed(encode_response(answer, True).SerializeToString())
+        data = outputs[0].array.tobytes()
+        return self._head(answer, outputs[0], outputs[0].array.shape, len(data)) + data
+
+    def parts(self, answer: InferenceResponse, number: int) -> list[bytes]:
+        """`write` for each of so many answers that are stacked along the first dimension."""
+        outputs = answer.outputs
+        rows = outputs[0].array.shape[0] // number if outputs else 0
+        if len(outputs) != 1 or outputs[0].datatype not in _PLAIN:
+            return [
+                self.write(_part(answer, start, start + rows))
+                for start in range(0, rows * number, rows)
+            ]
         tensor = outputs[0]
-        array = tensor.array
-        key = (answer.model, answer.version, tensor.name, tensor.datatype, array.shape)
+        data = tensor.array.tobytes()
+        size = len(data) // number
+        head = self._head(answer, tensor, (rows, *tensor.array.shape[1:]), size)
+        return [head + data[start : start + size] for start in range(0, size * number, size or 1)]
+
+    def _head(
+        self, answer: InferenceResponse, tensor: Tensor, shape: tuple[int, ...], size: int
+    ) -> bytes:
+        key = (answer.model, answer.version, tensor.name, tensor.datatype, shape)
         known = self._known.get(key)
-        data = array.tobytes()
-        if known is None or known[1] != len(data):
-            message = encode_response(answer, True)
+        if known is None or known[1] != size:
+            empty = Tensor(tensor.name, tensor.datatype, np.zeros(shape, tensor.array.dtype))
+            message = encode_response(
+                InferenceResponse(answer.model, answer.version, (empty,)), True
+            )
             del message.raw_output_contents[:]
-            body = message.SerializeToString() + _RAW_OUTPUT + varint(len(data))
-            head = b"\0" + (len(body) + len(data)).to_bytes(4, "big") + body
+            body = message.SerializeToString() + _RAW_OUTPUT + varint(size)
+            head = b"\0" + (len(body) + size).to_bytes(4, "big") + body
             if len(self._known) >= _MOST_PLANS:
                 self._known.clear()
-            known = self._known[key] = (head, len(data))
-        return known[0] + data
+            known = self._known[key] = (head, size)
+        return known[0]
+
+
+def _part(answer: InferenceResponse, start: int, end: int) -> InferenceResponse:
+    tensors = [Tensor(one.name, one.datatype, one.array[start:end]) for one in answer.outputs]
+    return InferenceResponse(answer.model, answer.version, tuple(tensors))
 
 
 def varint(number: int) -> bytes:

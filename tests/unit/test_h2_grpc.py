@@ -275,13 +275,14 @@ def test_plans_read_as_the_messages_say(messages: list[oip.ModelInferRequest]) -
     for message in messages * 2:
         data = message.SerializeToString()
         expected = decode_request(message, 1.5, memory, headers={"a": "b"}).request
-        found = plans.read(data, 1.5, {"a": "b"})
-        if found is None:
+        plan = plans.match(data)
+        if plan is None:
             plans.learn(data, message)
-            found = plans.read(data, 1.5, {"a": "b"})
-        if found is None:
+            plan = plans.match(data)
+        if plan is None:
             assert message.id or message.parameters or len(messages) > 1
             continue
+        found = plan.request(data, 1.5, {"a": "b"})
         for name in ("model", "version", "id", "outputs", "deadline", "priority"):
             assert getattr(found, name) == getattr(expected, name)
         assert dict(found.classes) == dict(expected.classes)
@@ -299,13 +300,36 @@ def test_other_messages_are_never_read_by_a_plan(
     plans = RequestPlans()
     plans.learn(data, message)
     broken = (data[:at] + noise + data[at + len(noise) :])[: len(data)]
-    found = plans.read(broken, None, {})
-    if found is not None:
+    plan = plans.match(broken)
+    if plan is not None:
+        found = plan.request(broken, None, {})
         # Then only the tensors' contents differ.
         whole = oip.ModelInferRequest.FromString(broken)
         assert [one.array.tobytes() for one in found.inputs] == list(whole.raw_input_contents)
         del whole.raw_input_contents[:], message.raw_input_contents[:]
         assert whole == message
+
+
+def test_requests_are_stacked_along_their_first_dimension() -> None:
+    x, plans, messages = np.arange(24, dtype=np.float32).reshape(4, 2, 3), RequestPlans(), []
+    for row in x:
+        made = oip.ModelInferRequest(model_name="m", raw_input_contents=[row.tobytes()])
+        made.inputs.add(name="x", datatype="FP32", shape=row.shape)
+        messages.append(made.SerializeToString())
+    plans.learn(messages[0], made)
+    plan = plans.match(messages[3])
+    assert plan is not None
+    assert plan.rows == 2
+    stacked = plan.stacked(messages).inputs[0].array
+    assert stacked.tolist() == x.reshape(8, 3).tolist()
+    for outputs in (1, 2):
+        tensors = tuple(Tensor(f"y{n}", "FP32", stacked + n) for n in range(outputs))
+        parts = AnswerPlans().parts(InferenceResponse("m", "1", tensors), 4)
+        for row, part in zip(x, parts, strict=True):
+            answer = oip.ModelInferResponse.FromString(part[5:])
+            assert answer.raw_output_contents[0] == row.tobytes()
+            assert list(answer.outputs[0].shape) == [2, 3]
+            assert len(answer.outputs) == outputs
 
 
 @given(st.lists(st.sampled_from([(1, 2), (3, 1), (0, 2)]), min_size=1, max_size=6), st.text())
