@@ -1,7 +1,7 @@
 """Which gatelet this is.
 
-pyproject.toml has it too, but to read the metadata of the installed package costs every process 1 MB
-of memory.
+pyproject.toml has it too, but to read the installed package's metadata costs every process 1 MB of
+memory.
 """
 
 from __future__ import annotations
