@@ -231,7 +231,7 @@ class Scenario:
                 task.add_done_callback(pending.discard)
                 # Restarts are one at a time; they are short.
                 if fault in self.alone:
-                    await task
+                    await _to_its_end(task)
                 await asyncio.sleep(self.random.expovariate(self.pace / (FAULT_HOURS * HOUR)))
         finally:
             for task in pending:
@@ -359,3 +359,12 @@ class Scenario:
     def bad(self, module: ModuleSpec) -> bool:
         """Whether no deployment with it can be good."""
         return image_digest(module.image) in self.scoring.broken | self.scoring.deadly
+
+
+async def _to_its_end(task: asyncio.Task[None]) -> None:
+    """Also when the storm is over in the midst of it: an agent has to run afterwards."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

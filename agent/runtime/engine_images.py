@@ -93,12 +93,15 @@ def pull(
     meter = PullMeter()
     login = login_for(ref.registry, logins)
     messages = client.pull(repository(ref), tag=digest, stream=True, decode=True, auth_config=login)
+    failed = ""
+    # To the end also after an error: only then does the SDK close what it reads from.
     for message in messages:
-        if said := message.get("error"):
-            raise explained(doing, str(said), host=ref.registry)
+        failed = failed or str(message.get("error") or "")
         progress = meter.take(message)
-        if progress is not None:
+        if progress is not None and not failed:
             put(progress)
+    if failed:
+        raise explained(doing, failed, host=ref.registry)
 
 
 def remove_image(client: Client, digest: str) -> None:
