@@ -17,37 +17,24 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import BackendUnavailable, DeadlineExceeded, LoadError
+from .active import Active, arrange
 from .configuring import Configurator
-from .handoff import Hardware
 from .job import Job, Transfer
 from .machine import cma_bytes, take_lock
-from .package import Package, RtlStream
+from .package import Package
 from .packing import Bytes
 from .preflight import preflight
 from .protocol import FabricSick
 from .sensors import Readings, Sensors, pl_clocks, sysfs_of
 from .shelf import Shelf
-from .transports import Engine, Slot, Workplace, open_engine, require_runtime
+from .transports import require_runtime
 
 _LOG = logging.getLogger(__name__)
 
 _SPIN_SECONDS = 0.0003
 _NAP_SECONDS = 0.0001
-_PROGRAM_PACKET = 1 << 13
 # What pynq and the kernel drivers below it raise when a design does not fit or loading fails.
 _PYNQ_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
-
-
-@dataclass(slots=True)
-class _Active:
-    """The overlay in the fabric, and the buffers that belong to it."""
-
-    package: Package
-    engine: Engine
-    chunk: int
-    sends: tuple[Slot, ...]
-    receives: tuple[Slot, ...]
-    buffers: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +78,7 @@ class FabricDriver:
         self._device: Any = None
         self._fabric: Configurator | None = None
         self._limits: dict[tuple[object, ...], int] = {}
-        self._active: _Active | None = None
+        self._active: Active | None = None
         # Buffers that cores may still write to, until the fabric is configured anew.
         self._parked: list[Any] = []
         self._unfinished: float | None = None
@@ -252,13 +239,13 @@ class FabricDriver:
         if package is not None:
             self._in_fabric(package)
 
-    def _in_fabric(self, package: Package) -> _Active:
+    def _in_fabric(self, package: Package) -> Active:
         try:
             return self._activate(package)
         except LoadError as error:
             raise FabricSick(str(error)) from error
 
-    def _transfer(self, active: _Active, transfer: Transfer, deadline: float | None) -> None:
+    def _transfer(self, active: Active, transfer: Transfer, deadline: float | None) -> None:
         started = self._monotonic()
         if deadline is not None and started >= deadline:
             raise DeadlineExceeded("the deadline passed before the transfer started")
@@ -286,7 +273,7 @@ class FabricDriver:
             copy.slot.invalidate(copy.nbytes)
             copy.client[:] = copy.buffer
 
-    def _failure(self, active: _Active, error: Exception) -> FabricSick:
+    def _failure(self, active: Active, error: Exception) -> FabricSick:
         self._broken = True
         if not isinstance(error, FabricSick):
             error = FabricSick(f"{active.package.name}: transfer refused ({error})")
@@ -295,7 +282,7 @@ class FabricDriver:
 
     def _wait(
         self,
-        active: _Active,
+        active: Active,
         done: Callable[[], bool],
         started: float,
         deadline: float | None,
@@ -372,7 +359,7 @@ class FabricDriver:
         for buffer in parked:
             buffer.freebuffer()
 
-    def _activate(self, package: Package) -> _Active:
+    def _activate(self, package: Package) -> Active:
         active = self._active
         if active is not None and (
             active.package is package or active.package.identity == package.identity
@@ -392,7 +379,7 @@ class FabricDriver:
             self._discard_one(self._active)
         return self._active
 
-    def _discard_one(self, active: _Active) -> None:
+    def _discard_one(self, active: Active) -> None:
         package = active.package
         job = Job(
             package,
@@ -402,45 +389,9 @@ class FabricDriver:
         (transfer,) = job.cut(active, active.sends, active.receives, active.chunk)
         self._transfer(active, transfer, None)
 
-    def _download(self, package: Package, limit: int) -> _Active:
+    def _download(self, package: Package, limit: int) -> Active:
         assert self._fabric is not None
         hardware = self._fabric.configure(package)
         # Whatever ran in the fabric before is gone, and with it who could write there.
         self._free_parked()
-        return self._arrange(package, hardware, limit)
-
-    def _arrange(self, package: Package, hardware: Hardware, limit: int) -> _Active:
-        from pynq import allocate
-
-        buffers: list[Any] = []
-
-        def obtain(nbytes: int) -> Any:
-            buffer = allocate((nbytes,), dtype=np.uint8, target=self._device)
-            buffers.append(buffer)
-            return buffer
-
-        ports = (*package.inputs, *package.outputs)
-        widest = max(port.wire.item_bytes for port in ports)
-        chunk = max(1, min(package.max_batch, limit // widest))
-        least = _PROGRAM_PACKET if isinstance(package.transport, RtlStream) else 0
-        try:
-            sends, receives = (
-                tuple(
-                    Slot.over(
-                        obtain(max(chunk * port.wire.item_bytes, least)), port.wire.item_bytes
-                    )
-                    for port in side
-                )
-                for side in (package.inputs, package.outputs)
-            )
-            place = Workplace(
-                self._device, hardware, package, sends, receives, obtain, self._monotonic
-            )
-            engine = open_engine(place)
-            engine.prepare()
-        except BaseException:
-            # Nobody else knows of these buffers yet. Whatever it was is raised again.
-            for buffer in buffers:
-                buffer.freebuffer()
-            raise
-        return _Active(package, engine, chunk, sends, receives, buffers)
+        return arrange(self._device, package, hardware, limit, self._monotonic)

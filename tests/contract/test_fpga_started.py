@@ -19,6 +19,7 @@ from gatelet.accelerators.fpga.package import Package, Signature
 from gatelet.accelerators.fpga.packages import probe
 from gatelet.accelerators.fpga.protocol import FabricSick
 from gatelet.accelerators.tensors import TensorSpec
+from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
 from gatelet.simulator.board.boards import SimulatedBoard, simulated_board
 from gatelet.simulator.board.container import Container
 from gatelet.simulator.board.handoff import LiteCore, StreamDesign
@@ -185,6 +186,35 @@ def test_a_streaming_kernel_of_vitis_unified_is_started_for_each_transfer(
     registers.process = lambda packet: b""
     with pytest.raises(FabricSick, match=f"{name} busy"):
         run(driver, package, x)
+
+
+def test_memory_that_cores_cannot_reach_is_refused(open_driver: Any, tmp_path: Path) -> None:
+    """Their addresses would be cut off, and the results written into memory of others."""
+    layer = DenseLayer(np.ones((4, 2), np.int8), np.zeros(2, np.int32), 0.1, 0.01, 0.2)
+    package = write_overlay_package(
+        tmp_path / "stream", name="net", board="zcu104", part=PART, clock_mhz=100.0,
+        layers=[layer], input=TensorSpec("x", "FP32", (-1, 4)),
+        output=TensorSpec("y", "FP32", (-1, 2)),
+    )  # fmt: skip
+    network = mlp()
+    finn = write_finn_package(
+        tmp_path / "finn", network.model, network.inputs, network.outputs, part=PART
+    )
+    driver = open_driver(HIGH)
+    for one, wide, narrow in (
+        (package, 'c_addr_width" VALUE="64', 'c_addr_width" VALUE="32'),
+        (finn, 'REGISTER NAME="in0_V_2"', 'REGISTER NAME="in0_V_9"'),
+    ):
+        driver.load(one)
+        driver.unload(one)
+        text = one.hwh.read_text()
+        assert wide in text
+        if one is finn:
+            # Without the register for the upper half, wherever it was.
+            text = text.replace('ADDRESS_OFFSET" VALUE="0x14"', 'ADDRESS_OFFSET" VALUE="0x18"')
+        one.hwh.write_text(text.replace(wide, narrow))
+        with pytest.raises(LoadError, match="addresses of 32 bits; have the kernel keep"):
+            driver.load(one)
 
 
 def test_settings_of_vitis_unified_that_are_none_of_its_own(tmp_path: Path) -> None:
