@@ -70,7 +70,7 @@ class SmallDisk:
         """Until `left` bytes are free."""
         self.clear()
         with (self.path / "fill").open("wb") as file:
-            file.write(bytes(max(0, self.free - left)))
+            os.posix_fallocate(file.fileno(), 0, max(1, self.free - left))
 
     def clear(self) -> None:
         (self.path / "fill").unlink(missing_ok=True)
@@ -285,7 +285,7 @@ async def test_the_disk_of_the_engine_is_full(tmp_path: Path, engine: Engine) ->
     other = Engine(Path(tempfile.mkdtemp(prefix="gatelet-small-")))
     disk = None
     try:
-        with small_disk(other.folder / "data", 96 * MB) as disk:
+        with small_disk(other.folder / "data", 256 * MB) as disk:
             await asyncio.to_thread(other.make_sure)
             noise = [random.Random(number).randbytes(12 * MB) for number in range(4)]
             pushed = [
@@ -327,7 +327,7 @@ async def with_a_full_engine(device, engine, disk, pushed) -> None:
     # Somebody else's image is not touched.
     await asyncio.to_thread(engine.client.pull, pushed[2].name)
     assert {one.name for one in pushed[:3]} <= here()
-    disk.fill(left=20 * MB)
+    disk.fill(left=60 * MB)
     await device.until(lambda: pushed[0].name not in here())
     assert container() == (second, True)
     assert here() == {pushed[1].name, pushed[2].name}
@@ -336,7 +336,8 @@ async def with_a_full_engine(device, engine, disk, pushed) -> None:
     await device.until(device.disk_is_full)
     assert here() == {pushed[1].name, pushed[2].name}
     assert container() == (second, True)
-    disk.fill(left=40 * MB)
+    # Room enough for an engine that copies layers instead of laying them over each other.
+    disk.fill(left=100 * MB)
     await device.until(lambda: device.phase() == "good")
     assert container()[1]
     assert pushed[3].name in here()
