@@ -215,7 +215,9 @@ class FabricDriver:
         ):
             self._settle()
             active = self._in_fabric(job.package)
-        for transfer in job.cut(active, active.sends, active.receives, active.chunk):
+        if job.owner is not active:
+            job.cut(active, active.sends, active.receives, active.chunk)
+        for transfer in job.transfers:
             self._transfer(active, transfer, deadline)
 
     def finish(self) -> bool:
@@ -262,7 +264,8 @@ class FabricDriver:
         try:
             engine.begin(transfer.items)
             self._unfinished = started
-            self._wait(active, engine.finished, started, deadline)
+            if not self._ask(engine.finished):
+                self._wait(active, engine.finished, started, deadline)
             engine.check(transfer.items)
         except (FabricSick, *_PYNQ_ERRORS) as error:
             raise self._failure(active, error) from error
@@ -386,8 +389,8 @@ class FabricDriver:
             [np.zeros((1, port.wire.item_bytes), np.uint8) for port in package.inputs],
             [np.empty((1, port.wire.item_bytes), np.uint8) for port in package.outputs],
         )
-        (transfer,) = job.cut(active, active.sends, active.receives, active.chunk)
-        self._transfer(active, transfer, None)
+        job.cut(active, active.sends, active.receives, active.chunk)
+        self._transfer(active, job.transfers[0], None)
 
     def _download(self, package: Package, limit: int) -> Active:
         assert self._fabric is not None

@@ -39,24 +39,22 @@ class Job:
     items: Sequence[Bytes]
     results: Sequence[Bytes]
     transfers: tuple[Transfer, ...] = ()
-    _cut_for: object = None
+    owner: object = None
 
     def cut(
         self, owner: object, sends: Sequence[Slot], receives: Sequence[Slot], chunk: int
-    ) -> tuple[Transfer, ...]:
-        """Transfers of at most `chunk` items, the same ones for as long as `owner` is the same."""
-        if self._cut_for is not owner:
-            count = len(self.items[0])
-            self.transfers = tuple(
-                Transfer(
-                    min(start + chunk, count) - start,
-                    _copies(sends, self.items, slice(start, start + chunk)),
-                    _copies(receives, self.results, slice(start, start + chunk)),
-                )
-                for start in range(0, count, chunk)
+    ) -> None:
+        """Into transfers of at most `chunk` items, which are good as long as `owner` has these."""
+        count = len(self.items[0])
+        self.transfers = tuple(
+            Transfer(
+                min(start + chunk, count) - start,
+                _copies(sends, self.items, slice(start, start + chunk)),
+                _copies(receives, self.results, slice(start, start + chunk)),
             )
-            self._cut_for = owner
-        return self.transfers
+            for start in range(0, count, chunk)
+        )
+        self.owner = owner
 
 
 def _copies(slots: Sequence[Slot], arrays: Sequence[Bytes], part: slice) -> tuple[Copy, ...]:

@@ -67,19 +67,24 @@ class AxiDmaEngine:
         self._registers.write(_SEND + _LENGTH, nbytes)
 
     def finished(self) -> bool:
-        if self.idle(_RECEIVE):
+        status = self._registers.read(_RECEIVE + _STATUS)
+        if status & (_IDLE | _ERROR_BITS) == _IDLE:
             return True
+        self._refuse(_RECEIVE, status)
         # Asked while nothing has come: an error there means that nothing ever will.
         self.idle(_SEND)
         return False
 
     def idle(self, side: int) -> bool:
         status = self._registers.read(side + _STATUS)
+        self._refuse(side, status)
+        return bool(status & _IDLE)
+
+    def _refuse(self, side: int, status: int) -> None:
         if status & _ERROR_BITS:
             raise FabricSick(
                 f"{self._dma} ({'receive' if side else 'send'}): {decode_errors(status)}"
             )
-        return bool(status & _IDLE)
 
     def check(self, count: int) -> None:
         expected = count * self._receive.item_bytes
