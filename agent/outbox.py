@@ -194,6 +194,7 @@ class Outbox:
 
     def _committed(self, task: asyncio.Task[None]) -> None:
         self._committing = None
+        self._leave_damaged()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the telemetry outbox failed", exc_info=error)
         if self._again:
@@ -202,6 +203,7 @@ class Outbox:
     async def _commit_all(self) -> None:
         while self._again:
             self._again = False
+            self._leave_damaged()
             work, self._work = self._work, Work()
             try:
                 ids = await asyncio.to_thread(
@@ -233,6 +235,11 @@ class Outbox:
         self._error = text
         if type(error) is sqlite3.DatabaseError:  # its subclasses mean other things than damage
             self._file.damaged = True
+            if self._committing is None:  # else its thread still writes there
+                self._leave_damaged()
+
+    def _leave_damaged(self) -> None:
+        if self._file.damaged:
             self._file.close()
 
     def _ready(self) -> bool:

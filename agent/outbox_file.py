@@ -76,6 +76,7 @@ class OutboxFile:
         self.dropped: dict[str, int] = {}
         self.damaged = self.closed = False
         """`closed`: for good, it is not opened any more."""
+        self._highest = 0  # what was told of a file that is damaged now is not to mean another
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
 
@@ -131,6 +132,7 @@ class OutboxFile:
         ).fetchone()
         if row is None:
             return None
+        self._highest = max(self._highest, sequence)
         priority, content_type, properties, body = row
         system = {"$.mid": self._id(sequence), "$.ct": content_type}
         if content_type == "application/json":
@@ -281,6 +283,9 @@ class OutboxFile:
                 )
             if version == 0:
                 writer.executescript(_SCHEMA)
+                writer.execute(
+                    "INSERT INTO sqlite_sequence VALUES ('message', ?)", (self._highest,)
+                )
             writer.execute("PRAGMA journal_mode=WAL")
             writer.execute("PRAGMA synchronous=FULL")
             writer.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")

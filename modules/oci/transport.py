@@ -281,7 +281,7 @@ class RegistryTransport:
                 preload_content=False,
             )
             with response:
-                data = response.read(_MAX_TOKEN_BYTES)
+                data = response.read(_MAX_TOKEN_BYTES, decode_content=False)
         except (HTTPError, OSError, ValueError) as error:
             raise RegistryUnavailable(
                 f"{where}: no token from {_origin(realm)} ({reason(error)}); try again later"

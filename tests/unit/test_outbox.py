@@ -281,6 +281,23 @@ async def test_a_damaged_file_is_put_aside(tmp_path: Path) -> None:
     await outbox.close()
 
 
+async def test_an_acknowledgement_from_before_the_damage_removes_nothing_after_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "o.db"
+    outbox = Outbox(path, ManualClock(), FOREVER)
+    for body in (b"1", b"2"):
+        await outbox.put(Telemetry(body))
+    on_its_way = outbox.head()
+    assert on_its_way is not None
+    outbox._failed(sqlite3.DatabaseError("database disk image is malformed"))
+    await outbox.put(Telemetry(b"new"))
+    outbox.acknowledge(on_its_way.sequence)
+    await outbox.tidy()
+    assert drain(outbox) == [b"new"]
+    await outbox.close()
+
+
 async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "o.db"
     with sqlite3.connect(path) as db:
