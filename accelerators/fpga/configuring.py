@@ -17,7 +17,7 @@ from typing import Any
 
 from .decoupling import couple, decouple, decouplers
 from .handoff import Hardware, read_hardware
-from .machine import mark_of, state_file
+from .machine import mark_of, noted, state_file
 from .package import Package
 from .preflight import CLOCK_TOLERANCE
 from .shelf import Key, Shelf
@@ -45,6 +45,8 @@ class Configurator:
         self._monotonic = monotonic
         self._state: Path | None = state_file(device)
         self._mark: tuple[int, int] | None = None
+        if (other := noted(self._state)) is not None:
+            _LOG.info("the fabric was configured with %s; the first package replaces it", other)
         self._known: dict[Key, _Known] = {}
         # The full configuration that is in the fabric, where partial ones of it may follow.
         self._static: Key | None = None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import BackendUnavailable
+
+_OLD_STATE = "global_pl_state.json"
+_STATE_LIMIT = 1 << 20
 
 
 def take_lock(path: Path) -> IO[str]:
@@ -37,7 +41,22 @@ def state_file(device: Any) -> Path | None:
         import pynq.pl_server.global_state as global_state
     except ImportError:  # before pynq 3
         return None
-    return Path(global_state.__file__).parent / "global_pl_state_.json"
+    # pynq 3.0 has one such file; later ones have one per kind of device, with "" for this one.
+    name = "global_pl_state_.json" if hasattr(global_state, "_get_state_path") else _OLD_STATE
+    return Path(global_state.STATE_DIR) / name
+
+
+def noted(state: Path | None) -> str | None:
+    """Which bitstream `state` names, None where there is no note that can be read."""
+    if state is None:
+        return None
+    try:
+        with state.open("rb") as file:
+            document = json.loads(file.read(_STATE_LIMIT))
+    except (OSError, ValueError):
+        return None
+    name = document.get("bitfile_name") if isinstance(document, dict) else None
+    return name if isinstance(name, str) and name else None
 
 
 def mark_of(state: Path | None) -> tuple[int, int] | None:

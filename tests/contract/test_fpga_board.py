@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gatelet.accelerators.fpga.bitfile import Bitfile, encode_bitfile
+from gatelet.accelerators.fpga.machine import mark_of, noted, state_file
 from gatelet.accelerators.fpga.package import Package
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
@@ -189,3 +190,28 @@ def test_a_second_overlay_unloads_the_first(pynq: Any, board: Any, tmp_path: Pat
 
 def test_every_board_has_a_part() -> None:
     assert {"pynq-z1", "pynq-z2", "zcu104", "kv260", "kr260", "ultra96"} <= set(BOARDS)
+
+
+def test_pynqs_note_of_what_is_in_the_fabric_is_found(
+    pynq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By it we notice that somebody else configured the fabric; its name changed with releases."""
+    from pynq.pl_server import global_state
+
+    (tmp_path / "base.bit").write_bytes(b"x")
+    monkeypatch.setattr(global_state, "STATE_DIR", str(tmp_path))
+    place = state_file(object())
+    assert place is not None
+    assert (mark_of(place), noted(place)) == (None, None)
+    told = global_state.GlobalState(
+        bitfile_name=str(tmp_path / "base.bit"), active_name="Pynq-Z2", timestamp="now", psddr={}
+    )
+    with warnings.catch_warnings():
+        # pynq writes it with a method that pydantic calls old.
+        warnings.simplefilter("ignore")
+        global_state.save_global_state(told)
+    assert mark_of(place) is not None
+    assert noted(place) == str(tmp_path / "base.bit")
+    for text in ("", "[1]", '{"bitfile_name": 3}', "\xff"):
+        place.write_text(text, "latin-1")
+        assert noted(place) is None
