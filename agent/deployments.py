@@ -163,6 +163,8 @@ def instance_name(module: str, digest: str, options: ScoringOptions, made: str =
     )
     if options.auth != "none":
         load = (*load, options.auth)
+    if options.isolate:
+        load = (*load, "isolate")
     if made:
         load = (*load, made)
     tail = hashlib.sha256(repr(load).encode()).hexdigest()[:6]

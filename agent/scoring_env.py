@@ -26,6 +26,7 @@ KEYS = (
     "SCORING_PRIORITY",
     "SCORING_INSTANCES",
     "SCORING_THREADS",
+    "SCORING_ISOLATE",
     "SCORING_STICKY",
     "SCORING_MIRROR",
     "SCORING_MIRROR_TOLERANCE",
@@ -82,6 +83,7 @@ class ScoringOptions(msgspec.Struct, frozen=True):
     sticky: str = ""
     canary: CanaryRules | None = None
     model: str = ""
+    isolate: bool = False
 
 
 def scoring_options(spec: ModuleSpec) -> ScoringOptions:
@@ -133,6 +135,7 @@ def scoring_options(spec: ModuleSpec) -> ScoringOptions:
         sticky=variables.header("SCORING_STICKY"),
         canary=canary,
         model=named_model(given_labels(spec)),
+        isolate=variables.flag("SCORING_ISOLATE"),
     )
 
 
@@ -258,6 +261,14 @@ class _Variables:
         if not _DECIMAL.fullmatch(text) or not low <= float(text) <= high:
             raise self.error(name, f"a number from {low:g} to {high:g}")
         return float(text)
+
+    def flag(self, name: str) -> bool:
+        text = self.text(name).lower()
+        if text in _OFF:
+            return False
+        if text not in ("1", "true", "on", "yes"):
+            raise self.error(name, "true or false")
+        return True
 
     def header(self, name: str) -> str:
         text = self.text(name).lower()

@@ -167,6 +167,7 @@ def _options(options: ScoringOptions) -> pb.ScoringOptions:
         instances=options.instances,
         priority=options.priority,
         auth=options.auth,
+        isolate=options.isolate,
     )
 
 

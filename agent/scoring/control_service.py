@@ -24,6 +24,7 @@ from .ensemble import find_circle
 from .ensemble_backend import EnsembleBackend, steps_of
 from .errors import InstanceRefused, InstanceUnavailable
 from .instances import Instance, State
+from .isolated import isolated
 from .loading import InstanceOptions, Loaded
 from .remote import Served
 from .remote_loading import LoadedRemote
@@ -56,11 +57,14 @@ class ControlService:
         http_address: str = "",
         metrics_address: str = "",
         fabric: Callable[[], bytes] = bytes,
+        isolation: Path | None = None,
     ) -> None:
-        """`fabric` gives what the fabric process tells, as JSON."""
+        """`fabric` gives what the fabric process tells, as JSON. `isolation`: a folder of this
+        process's own for the sockets of models in processes of their own; None: beside others."""
         self._plane = plane
         ensembles = EnsembleBackend(plane)
         self._backends = {**backends, ensembles.name: ensembles}
+        self._isolated = isolated(self._backends, isolation)
         self._addresses = (grpc_address, http_address, metrics_address)
         self._fabric = fabric
         self._boot_id = str(uuid.uuid4())
@@ -82,6 +86,7 @@ class ControlService:
             slots=request.options.instances,
             priority=request.options.priority,
             auth=request.options.auth or "none",
+            isolate=request.options.isolate,
         )
         with self._loading:
             loaded = self._loaded.get(request.instance)
@@ -110,7 +115,8 @@ class ControlService:
             if isinstance(directory, Served):
                 loaded = LoadedRemote(directory, options, name)
             else:
-                loaded = Loaded(directory, options, self._backends, name)
+                backends = self._isolated if options.isolate else self._backends
+                loaded = Loaded(directory, options, backends, name)
         except InstanceRefused as error:
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except InstanceUnavailable as error:

@@ -46,7 +46,8 @@ class InstanceOptions:
     """How to serve a model. `backends` (): all that fit, FPGA first. `timeout` and `max_delay` in
     seconds. `max_batch`: 0 for model.json's where stacking requests pays, 1 for never. `slots`:
     runs at the same time, 0 for what fits the cores. `priority`: of requests that name none.
-    `auth`: what clients must show: none, key or token."""
+    `auth`: what clients must show: none, key or token. `isolate`: whether the CPU computes it in a
+    process of its own."""
 
     backends: tuple[str, ...] = ()
     threads: int = 0
@@ -56,6 +57,7 @@ class InstanceOptions:
     slots: int = 0
     priority: int = 0
     auth: str = "none"
+    isolate: bool = False
 
 
 @dataclass(frozen=True, slots=True)

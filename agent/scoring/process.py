@@ -105,6 +105,7 @@ def _serve_with(settings: ScoringSettings, backends: Mapping[str, Backend]) -> i
             http_address=transports.http_address,
             metrics_address=transports.metrics_address,
             fabric=bytes if fabric is None else fabric.document,
+            isolation=Path(f"{settings.control_socket}.d").absolute(),
         )
         control = ControlServer(service, Path(settings.control_socket))
         unused.pop_all()

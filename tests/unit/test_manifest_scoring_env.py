@@ -49,6 +49,9 @@ def test_how_a_model_runs() -> None:
     options = scoring_options(spec(PRIORITY="2", INSTANCES="3", THREADS="4", STICKY="X-User"))
     assert (options.priority, options.instances, options.threads) == (2, 3, 4)
     assert options.sticky == "x-user"
+    assert not options.isolate
+    assert scoring_options(spec(ISOLATE="True")).isolate
+    assert not scoring_options(spec(ISOLATE="off")).isolate
     assert scoring_options(spec(STICKY="X-Gatelet-Session")).sticky == ""
 
 
@@ -89,6 +92,7 @@ def test_a_canary_begins_with_its_first_step() -> None:
         ({"STICKY": "trace-bin"}, "STICKY"),
         ({"PRIORITY": "11"}, "PRIORITY"),
         ({"INSTANCES": "0"}, "INSTANCES"),
+        ({"ISOLATE": "maybe"}, "ISOLATE"),
     ],
 )
 def test_what_is_out_of_bounds_is_named(env: dict[str, str], variable: str) -> None:
