@@ -91,7 +91,7 @@ class Peer:
         """Raises EOFError when the server closed."""
         while not self.waiting:
             try:
-                data = await asyncio.wait_for(self.reader.read(65_536), 5)
+                data = await asyncio.wait_for(self.reader.read(65_536), 20)
             except ConnectionResetError:
                 data = b""
             if not data:
@@ -204,7 +204,7 @@ async def until(condition: Callable[[], bool]) -> None:
         while not condition():
             await asyncio.sleep(0.002)
 
-    await asyncio.wait_for(poll(), 5)
+    await asyncio.wait_for(poll(), 20)
 
 
 def publishes(packets: list[Packet]) -> list[Publish]:

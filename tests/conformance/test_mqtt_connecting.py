@@ -371,7 +371,7 @@ async def test_silence_ends_the_connection(version: int) -> None:
         if version == V5:
             assert peer.connack.properties.server_keep_alive is None
         await peer.refused(ReasonCode.KEEP_ALIVE_TIMEOUT)
-        assert 1.4 <= loop.time() - started < 5
+        assert 1.4 <= loop.time() - started < 10
         # As if the network had failed.
         assert (await watcher.receive()).payload == b"gone"
 

@@ -52,7 +52,7 @@ class Peer:
 
     async def receive(self) -> Packet:
         while not self.waiting:
-            data = await asyncio.wait_for(self.reader.read(65_536), 5)
+            data = await asyncio.wait_for(self.reader.read(65_536), 20)
             if not data:
                 raise EOFError
             self.waiting += self.decoder.feed(data)
@@ -60,7 +60,7 @@ class Peer:
 
     async def ended(self) -> bool:
         with contextlib.suppress(ConnectionResetError):
-            while await asyncio.wait_for(self.reader.read(65_536), 5):
+            while await asyncio.wait_for(self.reader.read(65_536), 20):
                 pass
         return True
 
@@ -110,7 +110,7 @@ async def until(condition: Callable[[], bool]) -> None:
         while not condition():
             await asyncio.sleep(0.002)
 
-    await asyncio.wait_for(poll(), 5)
+    await asyncio.wait_for(poll(), 20)
 
 
 async def test_connack_tells_the_limits() -> None:
@@ -205,7 +205,7 @@ async def test_keepalive_of_one_and_a_half_intervals() -> None:
         started = asyncio.get_running_loop().time()
         answer = await peer.receive()
         assert answer.reason_code == ReasonCode.KEEP_ALIVE_TIMEOUT
-        assert 1.4 <= asyncio.get_running_loop().time() - started < 3
+        assert 1.4 <= asyncio.get_running_loop().time() - started < 10
 
 
 async def test_qos_2_is_delivered_once_when_sent_twice() -> None:
