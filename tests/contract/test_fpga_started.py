@@ -226,6 +226,10 @@ def test_settings_of_vitis_unified_that_are_none_of_its_own(tmp_path: Path) -> N
     unified(tmp_path, core, Container({}), config.format("axi_stream"), "axi_dma_0")
     signature = Signature((TensorSpec("x", "FP64", (-1, 3)),), ())
     assert probe(tmp_path, signature).inputs[0].wire.item_bytes == 24
+    for platform, board in (("null", "kv260"), ("/home/me/mine.xsa", None)):
+        more = config.format("axi_stream") + f"  Board: KV260\n  Platform: {platform}\n"
+        unified(tmp_path, core, Container({}), more, "axi_dma_0")
+        assert probe(tmp_path).board == board
     unified(tmp_path, core, Container({}), config.format("axi_master"), "axi_dma_0")
     with pytest.raises(LoadError, match="no core with control, pointers"):
         probe(tmp_path)

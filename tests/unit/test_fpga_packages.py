@@ -103,6 +103,26 @@ def test_damaged_finn_packages_are_refused(tmp_path: Path, old: str, new: str, w
         probe(tmp_path)
 
 
+def test_the_clock_is_that_of_the_handoff_or_else_of_the_settings(tmp_path: Path) -> None:
+    finn(tmp_path, plus=True, clock_mhz=150.0)
+    settings = tmp_path / "driver/settings.json"
+    document = json.loads(settings.read_text())
+
+    def told(clock: Any) -> float:
+        document["driver_information"]["fclk_mhz"] = clock
+        settings.write_text(json.dumps(document))
+        return probe(tmp_path).clock_mhz
+
+    assert told(200.0) == 150.0, "what timing was closed for"
+    hwh = tmp_path / "bitfile/finn-accel.hwh"
+    hwh.write_text(hwh.read_text().replace("PCW_ACT_FPGA0", "PCW_SAID_FPGA0"))
+    assert told(200) == 200.0
+    assert told(None) == 100.0, "what FINN builds for unless told otherwise"
+    for wrong in ("fast", True, 0, 1e9, float("nan")):
+        with pytest.raises(LoadError, match="fclk_mhz is"):
+            told(wrong)
+
+
 def test_settings_for_other_devices_are_refused(tmp_path: Path) -> None:
     path = finn(tmp_path, plus=True) / "driver/settings.json"
     document = json.loads(path.read_text())

@@ -49,8 +49,12 @@ class Bitstream:
         name: str = "",
         board: str | None = None,
         max_batch: int | None = None,
+        clock_mhz: float | None = None,
     ) -> Package:
-        """The package around this bitstream; by default it is called like it."""
+        """The package around this bitstream; by default it is called like it.
+
+        `clock_mhz` is what else says it, should the handoff not.
+        """
         return Package(
             kind=kind,
             name=name or self.stem,
@@ -60,7 +64,7 @@ class Bitstream:
             board=board,
             part=self.part,
             # What FINN, hls4ml and BNN-PYNQ build for unless told otherwise.
-            clock_mhz=self.hardware.clock_mhz or 100.0,
+            clock_mhz=self.hardware.clock_mhz or clock_mhz or 100.0,
             transport=transport,
             inputs=inputs,
             outputs=outputs,

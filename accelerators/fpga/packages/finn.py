@@ -84,7 +84,16 @@ def read_finn(directory: Path, files: list[Path], signature: Signature) -> Packa
         transport,
         apply_signature(inputs, signature.inputs, "input", str(directory)),
         apply_signature(outputs, signature.outputs, "output", str(directory)),
+        clock_mhz=_clock(information.get("fclk_mhz"), source),
     )
+
+
+def _clock(told: object, source: Path) -> float | None:
+    if told is None:
+        return None
+    if isinstance(told, bool) or not isinstance(told, int | float) or not 1 <= told <= 2000:
+        raise LoadError(f"{source}: fclk_mhz is {told!r}, expected MHz from 1 to 2000")
+    return float(told)
 
 
 def _ports(shapes: Mapping[str, Any], side: str, source: Path) -> tuple[Port, ...]:

@@ -84,7 +84,9 @@ def read_hls4ml(directory: Path, files: list[Path], signature: Signature) -> Pac
             f"{config}: backend {backend} gives no overlay; VivadoAccelerator and VitisUnified do"
         )
     _fits(transport, inputs, outputs, directory)
-    board = _text(accelerator, "Board").lower() or None
+    # On a platform of one's own the name of a board says nothing, the part does.
+    own = _text(accelerator, "Platform") not in ("", "null", "None")
+    board = None if own else _text(accelerator, "Board").lower() or None
     return found.package(
         "hls4ml",
         directory,
