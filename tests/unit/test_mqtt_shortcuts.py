@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,8 +30,11 @@ from gatelet.simulator.mqtt.packets import (
     Unsubscribe,
 )
 from gatelet.simulator.mqtt.session import Session
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+# A busy machine is no finding.
+relaxed = partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 identifiers = st.integers(1, 4)
 topics = st.sampled_from(["t", "u/v", "ü", "$x"])
@@ -112,7 +116,7 @@ def decoded(decoder: Decoder, chunks: list[bytes]) -> list[object]:
     st.sampled_from([3, 4, 10, 130, 10_000]),
     st.data(),
 )
-@settings(max_examples=500, deadline=None)
+@relaxed(max_examples=500)
 def test_the_decoder_reads_the_same_packets_and_errors(version, packets, most, data) -> None:
     pieces = (one if isinstance(one, bytes) else encode(one, version) for one in packets)
     stream = bytearray(b"".join(pieces))
@@ -140,7 +144,7 @@ def check_decoders(most: int, version: int, chunks: list[bytes]) -> None:
 
 
 @given(versions, st.lists(common, min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@relaxed(max_examples=100)
 def test_frequent_packets_take_the_shortcut(version, packets) -> None:
     bare = [p for p in packets if not isinstance(p, Publish) or p.properties == Properties()]
     stream = b"".join(encode(packet, version) for packet in bare)
@@ -158,7 +162,7 @@ def test_valid_topics_are_not_remembered_without_end() -> None:
 
 
 @given(versions, publishes())
-@settings(max_examples=200, deadline=None)
+@relaxed(max_examples=200)
 def test_a_remembered_head_is_a_written_one(version, publish) -> None:
     first, again = encode(publish, version), encode(publish, version)
     encoding._known_publish_head.cache_clear()
@@ -173,7 +177,7 @@ STEPS = st.tuples(
 
 
 @given(st.lists(STEPS, max_size=40), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=300, deadline=None)
+@relaxed(max_examples=300)
 def test_passing_on_is_queueing_and_sending(steps, window, queue_limit) -> None:
     quick, slow = (Session("c", queue_limit, queue_bytes=3_000) for _ in range(2))
     ends: dict[Session, list[int | None]] = {quick: [], slow: []}
@@ -280,7 +284,7 @@ async def settled(turns: int) -> None:
 
 
 @given(versions, st.lists(common | common | rare, max_size=10), st.booleans(), st.data())
-@settings(max_examples=150, deadline=None)
+@relaxed(max_examples=150)
 def test_handling_at_once_is_handling_by_the_task(version, packets, farewell, data) -> None:
     if farewell:
         packets = [*packets, Disconnect()]
