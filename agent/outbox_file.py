@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .clock import Clock
 from .outbox_types import Held, Limits, Telemetry, overflow
+from .store_schema import private_file
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +270,7 @@ class OutboxFile:
 
     def _connect(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        private_file(self._path)
         opened: list[sqlite3.Connection] = []
         try:
             for _ in range(2):

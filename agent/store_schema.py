@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sqlite3
 from pathlib import Path
 
@@ -69,6 +71,17 @@ CREATE TABLE IF NOT EXISTS pending (
 """
 
 
+def private_file(path: Path) -> None:
+    """Make the database readable by its owner only: manifests and messages hold secrets.
+
+    SQLite gives its other files the same mode. Raises OSError.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.with_name(path.name + suffix).chmod(0o600)
+
+
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create the database, of the newest schema. Raises StoreError.
 
@@ -100,7 +113,8 @@ def _move_aside(path: Path, error: Exception) -> None:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """Raises sqlite3.Error, StoreError."""
+    """Raises sqlite3.Error, OSError, StoreError."""
+    private_file(path)
     # Transactions are explicit (isolation_level None); the store's lock serialises its threads.
     db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:

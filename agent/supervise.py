@@ -6,12 +6,14 @@ On a device systemd does this; here it is for containers, CI and laptops.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
 import random
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,24 @@ STEADY_SECONDS = 60.0
 """A process that ran this long starts its back-off anew when it dies."""
 STOP_SECONDS = 10.0
 """How long a process may take to end after SIGTERM."""
+
+
+class AlreadyRunning(Exception):
+    """Another supervisor has these processes; the message says how to get around it."""
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Two supervisors would start each other's processes over and over. Raises AlreadyRunning."""
+    with open(run_dir / "supervisor.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AlreadyRunning(
+                f"another `gatelet run` serves {run_dir}; stop it, or give this one its own "
+                "state-dir and run-dir"
+            ) from error
+        yield
 
 
 @dataclass(frozen=True, slots=True)

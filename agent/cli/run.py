@@ -44,9 +44,16 @@ def _run(arguments: argparse.Namespace) -> int:
             f"cannot make {error.filename}: {error.strerror}; run as a user who may write there, "
             "or set state-dir and run-dir under [device]"
         ) from error
-    _log_to_files("supervisor" if arguments.role == "all" else arguments.role, config)
     if arguments.role == "all":
-        return _supervise(arguments, config)
+        from ..supervise import AlreadyRunning, alone
+
+        try:
+            with alone(config.device.run_dir):
+                _log_to_files("supervisor", config)
+                return _supervise(arguments, config)
+        except AlreadyRunning as error:
+            raise CommandError(str(error)) from error
+    _log_to_files(arguments.role, config)
     if arguments.role == "agent":
         from ..process import run_agent
 

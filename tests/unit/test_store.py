@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from gatelet.agent.clock import SystemClock
+from gatelet.agent.outbox import Outbox
 from gatelet.agent.restarts import RestartState
 from gatelet.agent.store import (
     KEPT_DEPLOYMENTS,
@@ -242,6 +243,21 @@ def test_a_disk_that_takes_no_more_is_said_and_nothing_is_half_written(
     assert store.latest() == deployment
     store._db.execute("PRAGMA max_page_count=1000000")
     assert store.accept("local", 0, b"x" * 1_000_000).generation == deployment.generation + 1
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file of an earlier gatelet"])
+def test_manifests_are_their_owners_own(path: Path, before: str) -> None:
+    if before != "nothing":
+        StateStore(path, SystemClock()).close()
+        path.chmod(0o644)
+    store = StateStore(path, SystemClock())
+    store.accept("iothub", 1, b'{"registryCredentials": {}}')
+    outbox = Outbox(path.with_name("outbox.db"), SystemClock())
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()}
+    outbox.abandon()
+    store.close()
+    assert len(modes) == 6
+    assert set(modes.values()) == {"0o600"}
 
 
 def spoil(path: Path) -> None:

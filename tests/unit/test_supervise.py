@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 from gatelet.agent.clock import SystemClock
-from gatelet.agent.supervise import Program, Supervisor
+from gatelet.agent.supervise import AlreadyRunning, Program, Supervisor, alone
 
 SLEEPER = (sys.executable, "-c", "import signal; signal.pause()")
 DEAF = (
@@ -93,3 +93,12 @@ async def test_a_program_that_cannot_start_does_not_stop_the_others(tmp_path: Pa
     async with supervised(file, missing, Program("a", SLEEPER)):
         await until(lambda: "a" in processes(file))
         assert "missing" not in processes(file)
+
+
+def test_a_second_supervisor_of_the_same_processes_refuses(tmp_path: Path) -> None:
+    with alone(tmp_path):
+        with pytest.raises(AlreadyRunning, match=f"another `gatelet run` serves {tmp_path}"):
+            with alone(tmp_path):
+                pass
+    with alone(tmp_path):
+        pass
