@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.supervise import AlreadyRunning, Program, Supervisor, alone
 
@@ -96,9 +97,8 @@ async def test_a_program_that_cannot_start_does_not_stop_the_others(tmp_path: Pa
 
 
 def test_a_second_supervisor_of_the_same_processes_refuses(tmp_path: Path) -> None:
-    with alone(tmp_path):
-        with pytest.raises(AlreadyRunning, match=f"another `gatelet run` serves {tmp_path}"):
-            with alone(tmp_path):
-                pass
+    refused = pytest.raises(AlreadyRunning, match=f"another `gatelet run` serves {tmp_path}")
+    with alone(tmp_path), refused, alone(tmp_path):
+        pass
     with alone(tmp_path):
         pass
