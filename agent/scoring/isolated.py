@@ -200,7 +200,11 @@ class IsolatedSession:
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
         try:
             process = self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                # Ctrl-C is for the process before it, which drains first.
+                start_new_session=True,
             )
         except OSError as error:
             raise BackendUnavailable(f"no process of its own can be started: {error}") from error

@@ -44,7 +44,13 @@ class Copy:
 
     @property
     def size(self) -> int:
-        return sum(a.nbytes for a in (*self.inputs.values(), *self.answer.values()))
+        return sum(map(_bytes, (*self.inputs.values(), *self.answer.values())))
+
+
+def _bytes(array: Array) -> int:
+    # An array of texts holds pointers only, and they may all point to long ones.
+    texts = sum(map(len, array.flat)) if array.dtype == np.object_ else 0
+    return array.nbytes + texts
 
 
 def difference(answer: Mapping[str, Array], other: Mapping[str, Array]) -> float:

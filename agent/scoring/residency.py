@@ -334,6 +334,10 @@ class BudgetedSession:
             except LoadError as error:
                 raise BackendUnavailable(f"it cannot be loaded again: {error}") from error
             self._loads += 1
+            if self._closed:
+                # Meanwhile: nobody else would give this one back.
+                self.close()
+                raise BackendUnavailable("the model was closed")
         finally:
             self._loading.release()
 

@@ -15,7 +15,7 @@ from gatelet.accelerators.tensors import Array
 from gatelet.agent.scoring.dataplane import DataPlane
 from gatelet.agent.scoring.instances import Instance
 from gatelet.agent.scoring.loading import InstanceOptions, Loaded
-from gatelet.agent.scoring.mirror import Mirror, difference
+from gatelet.agent.scoring.mirror import Copy, Mirror, difference
 from gatelet.agent.scoring.routing import Target, make_route
 from gatelet.agent.scoring.types import InferenceRequest, InferenceResponse, Tensor
 from hypothesis import given
@@ -145,6 +145,15 @@ def test_copies_are_bounded_in_bytes_too(site: Site) -> None:
     site.plane.mirror = Mirror(most_bytes=10)
     site.ask()
     assert site.mirrored.mirrored.snapshot().dropped == 1
+
+
+def test_texts_count_with_their_length(site: Site) -> None:
+    target = site.plane.table.routes["e"].default
+    texts = np.array([[b"a" * 1000, b"", "é".encode() * 500]], np.object_)
+    assert Copy(target, {"x": texts}, {"y": texts[:, :1]}, 0.0).size >= 3000
+    site.plane.mirror = Mirror(most_bytes=2500)
+    site.plane.mirror.offer([target], {"x": texts}, {"y": texts})
+    assert site.plane.mirror.idle()
 
 
 def test_a_mirror_that_fails_is_counted(site: Site) -> None:

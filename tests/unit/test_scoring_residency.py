@@ -191,6 +191,29 @@ def test_a_closed_one_gives_its_memory_back_for_good(budget: Budget) -> None:
     assert budget.backend.open == {"0", "2"}
 
 
+def test_one_that_is_closed_while_it_is_loaded_does_not_stay(
+    budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = budget.backend.load
+
+    def load_and_close(directory: Path, variant: Variant, options: LoadOptions) -> Session:
+        session = load(directory, variant, options)
+        budget.sessions[0].close()
+        return session
+
+    budget.ask(1)
+    budget.ask(2)
+    assert budget.backend.open == {"1", "2"}
+    monkeypatch.setattr(budget.backend, "load", load_and_close)
+    with pytest.raises(BackendUnavailable, match="was closed"):
+        budget.ask(0)
+    assert "0" not in budget.backend.open
+    monkeypatch.undo()
+    budget.ask(1)
+    # Its share of the budget is free again.
+    assert budget.residency.used == sum(one.size for one in budget.sessions[1:])
+
+
 # -- served --------------------------------------------------------------------------------------
 
 
