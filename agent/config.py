@@ -152,7 +152,7 @@ class ScoringConfig(_Section, frozen=True):
     """
 
     grpc_address: str = "127.0.0.1:8001"
-    grpc_transport: Literal["http2", "grpcio"] = "grpcio"
+    grpc_transport: Literal["http2", "grpcio"] = "http2"
     http_address: str = "127.0.0.1:8000"
     metrics_address: str = "127.0.0.1:8002"
     memory_budget_mb: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -123,16 +123,26 @@ class Execution:
                 job.finish(error)
 
     def run_stacked(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], requests: int, items: int
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        requests: int,
+        items: int,
     ) -> Results | None:
         """Requests that were stacked before they came here; None where each has to be asked alone,
-        because of an error or a model that does not answer item by item."""
+        because of an error or a model that does not answer item by item. Raises ScoringError for
+        a single one."""
         started, before = self._now(), time.perf_counter_ns()
         try:
-            results = self._execute_model(inputs, outputs, None, requests)
+            results = self._execute_model(inputs, outputs, deadline, requests)
         except ScoringError:
+            if requests == 1:
+                raise
             return None
-        if any(not array.ndim or array.shape[0] != items for array in results.values()):
+        if requests > 1 and any(
+            not array.ndim or array.shape[0] != items for array in results.values()
+        ):
             return None
         infer_ns = time.perf_counter_ns() - before
         took = self._now() - started

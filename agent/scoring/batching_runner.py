@@ -21,6 +21,7 @@ from .statistics import Statistics
 _IDLE_SECONDS = 10.0
 _LONGEST_WAIT = threading.TIMEOUT_MAX
 _RETRY_SECONDS = (0.01, 5.0)
+_MOST_AT_ONCE = 8
 
 
 class BatchRunner(Execution):
@@ -121,7 +122,10 @@ class BatchRunner(Execution):
                     return
                 decision = decide(queue.waiting, self._now(), self.config, self._pace.mean)
                 batch: Sequence[Job] = decision.batch
-                if self._running >= self.config.slots or not self._is_short(batch, longest):
+                items = sum([job.items for job in batch])
+                if self._running >= self.config.slots or not self._is_short(
+                    items, len(batch), longest
+                ):
                     batch = ()
                 if not batch:
                     if not self._start_runner():
@@ -140,36 +144,41 @@ class BatchRunner(Execution):
         self,
         inputs: Mapping[str, Array],
         outputs: Sequence[str],
+        deadline: float | None,
         requests: int,
-        items: int,
         longest: float,
     ) -> Results | None:
         """As `serve_here` for requests that came together, stacked already, and need not wait for
         anybody: nobody else does, and a slot is free. None: `submit` them one by one."""
-        config = self.config
+        items = self._items(inputs)
         with self._lock:
             if (
                 self._closed
                 or self._queue.waiting
-                or self._running >= config.slots
-                or not self._batched
-                or items > config.max_batch
-                or config.max_delay > 0
-                or (config.preferred and items not in config.preferred)
-                or not 0.0 < self._pace.expected(items) <= longest
+                or self._running >= self.config.slots
+                or (requests > 1 and not self._may_join(items))
+                or not self._is_short(items, requests, longest)
             ):
                 return None
             self._running += 1
         try:
-            return self.run_stacked(inputs, outputs, requests, items)
+            return self.run_stacked(inputs, outputs, deadline, requests, items)
         finally:
             self._leave()
 
-    def _is_short(self, batch: Sequence[Job], longest: float) -> bool:
-        items = 0
-        for job in batch:
-            items += job.items
-        return 0.0 < self._pace.expected(items) <= longest
+    def _may_join(self, items: int) -> bool:
+        """Whether requests with so many items run together without waiting for others."""
+        config = self.config
+        return (
+            self._batched
+            and items <= config.max_batch
+            and config.max_delay <= 0
+            and (not config.preferred or items in config.preferred)
+        )
+
+    def _is_short(self, items: int, requests: int, longest: float) -> bool:
+        """`longest` is for a request: several may take as much more together, within reason."""
+        return 0.0 < self._pace.expected(items) <= longest * min(requests, _MOST_AT_ONCE)
 
     def close(self) -> None:
         """Turn away what waits, and end the threads once they have answered. Idempotent."""

@@ -229,8 +229,8 @@ class DataPlane:
     def infer_stacked(self, request: InferenceRequest, requests: int) -> InferenceResponse | None:
         """Several requests that arrived together and differ in their tensors' values only, stacked
         along the first dimension: their answers, stacked likewise, or None where each has to be
-        submitted by itself (as when one fails, waits, or is routed by lot). On event loops only:
-        never waits. Requests without deadline, priority and classes."""
+        submitted by itself (as when one fails, has to wait, or is routed by lot). Of requests
+        without priority and classes, on event loops: never waits. Raises ScoringError for one."""
         table = self._table
         route = None if table is None else table.routes.get(request.model)
         if route is None or route.bounds or route.mirrors or request.version:
@@ -239,14 +239,17 @@ class DataPlane:
         instance = target.instance
         if not instance.begin():
             return None
+        started = self._now()
         try:
             outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
             inputs = {tensor.name: tensor.array for tensor in request.inputs}
-            items = request.inputs[0].array.shape[0]
-            results = instance.serve_stacked(inputs, outputs, requests, items)
+            results = instance.serve_stacked(inputs, outputs, request.deadline, requests)
             return None if results is None else self._response(request, target, outputs, results)
-        except ScoringError:
-            return None
+        except ScoringError as error:
+            if requests > 1:
+                return None
+            instance.statistics.failed(error.code, int((self._now() - started) * 1e9))
+            raise
         finally:
             instance.end()
 

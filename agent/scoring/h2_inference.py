@@ -63,7 +63,7 @@ class Inferences:
         self._sent_once = sent_once
         self._memory = plane.shared_memory
         self._requests = RequestPlans()
-        self._answers = AnswerPlans()
+        self._answers = AnswerPlans(lambda answer: encode_response(answer, True))
         # Of this turn of the loop; only the loop touches these.
         self._waiting: dict[Instance, None] = {}
         self._joint: dict[Plan, list[tuple[Call, bytes]]] = {}
@@ -214,21 +214,29 @@ class Inferences:
     def _together(self, plan: Plan, members: Sequence[tuple[Call, bytes]]) -> None:
         """Requests that differ in their tensors' values only: as one, where nothing speaks against
         it, so that what each costs besides is spent once."""
-        answer, now = None, monotonic()
+        now = monotonic()
         late = [one for one in members if not _in_time(one[0], now)]
         if late:
             for call, message in late:
                 self._alone(plan, call, message)
             members = [one for one in members if _in_time(one[0], now)]
+        if not members:
+            return
+        call, message = members[0]
         try:
             if len(members) > 1:
                 request = plan.stacked([message for _, message in members])
-                answer = self._plane.infer_stacked(request, len(members))
+            else:
+                request = plan.request(message, call.deadline, call.head.headers)
+            answer = self._plane.infer_stacked(request, len(members))
             if answer is not None:
                 parts = self._answers.parts(answer, len(members))
                 for (call, _), data in zip(members, parts, strict=True):
                     call.connection.answer(call, data)
                 return
+        except ScoringError as error:
+            self._refuse(call, plan.model, "", error)
+            return
         except Exception:  # noqa: BLE001 - logged there, and the clients are told
             for call, _ in members:
                 self._defect(call)

@@ -3,7 +3,7 @@ and written without building protobuf's objects."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,6 @@ from google.protobuf.message import DecodeError
 from ...accelerators.tensors import NUMPY_DTYPES
 from ...protos import open_inference_pb2 as oip
 from .h2_grpc import framed
-from .oip_messages import encode_response
 from .types import InferenceRequest, InferenceResponse, Tensor
 
 _MOST_PLANS = 128
@@ -160,14 +159,16 @@ def plan_of(message: bytes, parsed: oip.ModelInferRequest) -> Plan | None:
 class AnswerPlans:
     """The bytes before the contents of answers of one kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, encode: Callable[[InferenceResponse], oip.ModelInferResponse]) -> None:
+        """`encode` makes a message with raw contents."""
+        self._encode = encode
         self._known: dict[object, tuple[bytes, int]] = {}
 
     def write(self, answer: InferenceResponse) -> bytes:
         """Framed, with raw contents."""
         outputs = answer.outputs
         if len(outputs) != 1 or answer.id or outputs[0].datatype not in _PLAIN:
-            return framed(encode_response(answer, True).SerializeToString())
+            return framed(self._encode(answer).SerializeToString())
         data = outputs[0].array.tobytes()
         return self._head(answer, outputs[0], outputs[0].array.shape, len(data)) + data
 
@@ -193,9 +194,7 @@ class AnswerPlans:
         known = self._known.get(key)
         if known is None or known[1] != size:
             empty = Tensor(tensor.name, tensor.datatype, np.zeros(shape, tensor.array.dtype))
-            message = encode_response(
-                InferenceResponse(answer.model, answer.version, (empty,)), True
-            )
+            message = self._encode(InferenceResponse(answer.model, answer.version, (empty,)))
             del message.raw_output_contents[:]
             body = message.SerializeToString() + _RAW_OUTPUT + varint(size)
             head = b"\0" + (len(body) + size).to_bytes(4, "big") + body

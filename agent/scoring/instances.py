@@ -197,6 +197,8 @@ class Instance:
         self.optional = optional
         # What clients must show to be answered: none, key or token.
         self.auth = "none"
+        # Common names of the certificates that may be shown; none: any, or no certificate.
+        self.clients: frozenset[str] = frozenset()
         self.statistics = Statistics()
         self.mirrored = MirrorStatistics()
         self._members = tuple(members)
@@ -283,16 +285,20 @@ class Instance:
         self._runner.serve_here(self._longest_here())
 
     def serve_stacked(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], requests: int, items: int
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str],
+        deadline: float | None,
+        requests: int,
     ) -> dict[str, Array] | None:
         """As `BatchRunner.serve_stacked`, on this thread under the same condition."""
         if self.timeout is not None:
             return None
-        return self._runner.serve_stacked(inputs, outputs, requests, items, self._longest_here())
+        longest = self._longest_here()
+        return self._runner.serve_stacked(inputs, outputs, deadline, requests, longest)
 
     def _longest_here(self) -> float:
-        members = self._members
-        return _SHORT_SECONDS if members and members[0].prompt else 0.0
+        return _SHORT_SECONDS if self._members and self._members[0].prompt else 0.0
 
     def _answer(
         self,

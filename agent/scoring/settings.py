@@ -35,7 +35,7 @@ class ScoringSettings:
     part: str | None = None
     threads: int = 0
     grpc_threads: int = 0
-    grpc_transport: str = "grpcio"
+    grpc_transport: str = "http2"
     max_message_bytes: int = 64 * 1024 * 1024
     drain_seconds: float = 10.0
     memory_budget_mb: int = 0

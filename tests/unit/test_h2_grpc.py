@@ -244,6 +244,10 @@ def test_a_stream_of_large_messages_fails_where_there_is_no_room() -> None:
 # --- plans
 
 
+def encode(answer: InferenceResponse) -> oip.ModelInferResponse:
+    return encode_response(answer, True)
+
+
 DATATYPES = {"FP32": np.float32, "INT8": np.int8, "UINT64": np.uint64, "FP16": np.float16}
 
 
@@ -324,7 +328,7 @@ def test_requests_are_stacked_along_their_first_dimension() -> None:
     assert stacked.tolist() == x.reshape(8, 3).tolist()
     for outputs in (1, 2):
         tensors = tuple(Tensor(f"y{n}", "FP32", stacked + n) for n in range(outputs))
-        parts = AnswerPlans().parts(InferenceResponse("m", "1", tensors), 4)
+        parts = AnswerPlans(encode).parts(InferenceResponse("m", "1", tensors), 4)
         for row, part in zip(x, parts, strict=True):
             answer = oip.ModelInferResponse.FromString(part[5:])
             assert answer.raw_output_contents[0] == row.tobytes()
@@ -334,7 +338,7 @@ def test_requests_are_stacked_along_their_first_dimension() -> None:
 
 @given(st.lists(st.sampled_from([(1, 2), (3, 1), (0, 2)]), min_size=1, max_size=6), st.text())
 def test_answers_are_written_as_protobuf_does(shapes: list[tuple[int, ...]], version: str) -> None:
-    plans = AnswerPlans()
+    plans = AnswerPlans(encode)
     for shape in shapes:
         array = np.full(shape, 7.5, np.float32)
         answer = InferenceResponse("m", version, (Tensor("y", "FP32", array),))
