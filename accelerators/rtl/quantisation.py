@@ -72,6 +72,37 @@ class QuantisedGraph:
             if value.type.tensor_type.HasField("shape")
         }
         self._types = {value.name: value.type.tensor_type.elem_type for value in described}
+        self._forget_doubtful()
+
+    def _forget_doubtful(self) -> None:
+        """Forget shapes behind pooling where onnx's inference and onnxruntime disagree.
+
+        With ceil_mode, onnx counts a last window that lies in the padding alone, onnxruntime does
+        not.
+        """
+        doubtful: set[str] = set()
+        for node in self.nodes:
+            if not doubtful.isdisjoint(node.input) or self._miscounted(node):
+                doubtful.update(node.output)
+        for name in doubtful:
+            self.shapes.pop(name, None)
+
+    def _miscounted(self, node: Any) -> bool:
+        if not attribute(node, "ceil_mode", 0):
+            return False
+        size = self.shapes.get(node.input[0], ())[2:]
+        kernel = attribute(node, "kernel_shape", ())
+        rank = len(kernel)
+        strides, dilations = (attribute(node, key, (1,) * rank) for key in ("strides", "dilations"))
+        pads = attribute(node, "pads", (0,) * (2 * rank))
+        if len(size) != rank or min(size, default=0) < 1:
+            return True
+        counts = []
+        for at in range(rank):
+            room = size[at] + pads[at] + pads[rank + at] - (kernel[at] - 1) * dilations[at] - 1
+            last = -(-room // strides[at])
+            counts.append(last + (last * strides[at] < size[at] + pads[at]))
+        return tuple(counts) != self.shapes.get(node.output[0], ())[2:]
 
     def is_int8(self, name: str) -> bool:
         """Whether the tensor is known to hold int8: by its type, or by its zero point's."""

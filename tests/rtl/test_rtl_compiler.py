@@ -314,6 +314,25 @@ def test_functions_of_the_model_go_with_what_stays_on_the_cpu(engine: RtlEngine)
     assert np.array_equal(result, session(content).run(None, {"x": images})[0])
 
 
+def test_windows_in_the_padding_alone_are_no_windows(engine: RtlEngine) -> None:
+    """With ceil_mode onnx's shape inference counts them, and onnxruntime does not."""
+    for ceil, kernel, strides, pads, on_core in (
+        (1, [1, 1], [3, 2], [0, 0, 0, 0], False),
+        (1, [2, 1], [3, 2], [0, 0, 1, 0], False),
+        (1, [2, 2], [2, 2], [0, 0, 0, 0], True),
+        (0, [1, 1], [3, 2], [0, 0, 0, 0], True),
+    ):
+        network = Qdq((10, 9, 7)).keep(
+            "MaxPool", kernel_shape=kernel, strides=strides, pads=pads, ceil_mode=ceil
+        )
+        model, images = network.model(), network.images(4)
+        offload = compile_model(model, CORE, SLOW_CPU).offload
+        expected = session(model).run(None, {"x": images})[0]
+        if offload is not None:
+            assert np.array_equal(run_split(offload, engine, {"x": images}), expected)
+        assert (offload is not None) is on_core, kernel
+
+
 def test_a_maximum_over_uint8_stays_on_the_cpu() -> None:
     """It keeps its values without naming their type; taken for int8, they would be others."""
     nodes = [
