@@ -24,7 +24,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add `manifest` and its commands."""
     parser = commands.add_parser(
         "manifest",
-        help="sign deployment manifests",
+        help="sign and verify deployment manifests",
         description="Signatures over deployment manifests, in cosign's key format.",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
