@@ -16,6 +16,7 @@ from .packets import Packet
 
 _UNHANDLED_BYTES = 256 * 1024
 _CHUNK = 64 * 1024
+_TURN = 200  # packets of one client in one turn of the event loop
 _CLOSE_SECONDS = 2.0
 
 
@@ -37,6 +38,7 @@ class Channel(asyncio.Protocol):
         self._inbox: deque[Packet | MalformedPacket | None] = deque()
         self._arrived = asyncio.Event()
         self._is_idle = False
+        self._turn_left = _TURN
         self._failure: Exception | None = None
         self._writable = asyncio.Event()
         self._writable.set()
@@ -106,7 +108,7 @@ class Channel(asyncio.Protocol):
         self.version = self._decoder.version
         if self._is_idle and not waiting:
             try:
-                packets = packets[self._handle_now(packets) :]
+                packets = packets[self._handle_now(packets[:_TURN]) :]
             except Exception as error:  # noqa: BLE001 - the connection's task raises it
                 self._failure = error
                 self._arrived.set()
@@ -163,6 +165,12 @@ class Channel(asyncio.Protocol):
                 await self._writable.wait()
                 continue
             if self._inbox:
+                # Nobody waits for longer than this because one client has sent thousands.
+                if not self._turn_left:
+                    self._turn_left = _TURN
+                    await asyncio.sleep(0)
+                    continue
+                self._turn_left -= 1
                 packet = self._inbox.popleft()
                 if self._reading_paused and not self._inbox and not self._lost:
                     self._reading_paused = False

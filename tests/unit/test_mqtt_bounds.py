@@ -22,6 +22,8 @@ from gatelet.simulator.mqtt.packets import (
     Connect,
     Disconnect,
     Packet,
+    PingReq,
+    PingResp,
     Properties,
     PubAck,
     PubComp,
@@ -332,6 +334,20 @@ async def test_a_client_that_neither_reads_nor_speaks_is_silent() -> None:
     async with running() as broker, deaf(broker, 1) as one:
         one.writer.write(encode(Publish("x", bytes(900)), V5) * 400)
         await until(lambda: not broker.client_ids)
+
+
+async def test_thousands_of_packets_do_not_keep_the_others_waiting() -> None:
+    async with running() as broker, client(broker) as one:
+        one.send(Connect("c", V5))
+        assert isinstance(await one.receive(), ConnAck)
+        connection = broker._live["c"]
+        connection.data_received(encode(PingReq(), V5) * 5000)
+        turns = 0
+        while connection._inbox:
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns >= 5000 // 200 - 1
+        assert [await one.receive() for _ in range(5000)] == [PingResp()] * 5000
 
 
 async def test_few_bytes_in_are_not_kept_as_many_bytes_out() -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from gatelet.simulator.mqtt import codec, encoding, frequent
+from gatelet.simulator.mqtt import channel, codec, encoding, frequent
 from gatelet.simulator.mqtt.broker import Broker
 from gatelet.simulator.mqtt.codec import Decoder, MalformedPacket, encode
 from gatelet.simulator.mqtt.connection import Connection
@@ -295,5 +295,7 @@ def test_handling_at_once_is_handling_by_the_task(version, packets, farewell, da
         stream = stream[:place] + byte + stream[place + 1 :]
     chunks = parts(data, stream)
     turns = data.draw(st.lists(st.integers(0, 3), min_size=len(chunks), max_size=len(chunks)))
-    one = asyncio.run(conversation(Connection, version, chunks, turns))
-    assert asyncio.run(conversation(ByTask, version, chunks, turns)) == one
+    expected = asyncio.run(conversation(ByTask, version, chunks, turns))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel, "_TURN", data.draw(st.sampled_from([1, 3, 200]), label="turn"))
+        assert asyncio.run(conversation(Connection, version, chunks, turns)) == expected
