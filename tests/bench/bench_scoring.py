@@ -2,14 +2,15 @@
 
 Prints requests/s, p50, p99 and the server's CPU time per request at several concurrencies, under
 one and the same load, for a bare onnxruntime loop, our data plane without a protocol, our server
-(gRPC and REST, requests run singly and together), the least server that grpcio's library allows,
-and MLServer and KServe. These two are installed into environments of their own when they are first
-measured (~/.cache/gatelet-bench), and left out, with the reason, where that fails. Then start times
-and memory.
+(gRPC over its own HTTP/2 and over grpcio, and REST, requests run singly and together), the least
+server that grpcio's library allows, and MLServer and KServe. These two are installed into
+environments of their own when they are first measured (~/.cache/gatelet-bench), and left out, with
+the reason, where that fails. Then start times and memory.
 
 The load is nghttp2's h2load with a request encoded beforehand, since a Python client costs as much
-as a server, and tritonclient as users have it. Client and server share the machine's cores, so
-compare rows of one run with each other, not runs with each other.
+as a server, and tritonclient as users have it. `--short` takes some four minutes instead of a
+quarter of an hour. Client and server share the machine's cores, so compare rows of one run with
+each other, not runs with each other.
 """
 
 from __future__ import annotations
@@ -71,7 +72,12 @@ def main() -> int:
         choices=("h2load", "tritonclient"),
         default=["h2load", "tritonclient"],
     )
+    parser.add_argument(
+        "--short", action="store_true", help="0.8 s per measurement, and h2load only"
+    )
     options = parser.parse_args()
+    if options.short:
+        options.seconds, options.clients = 0.8, ["h2load"]
     if "h2load" in options.clients and shutil.which("h2load") is None:
         print("h2load is not installed (Debian: nghttp2-client): only tritonclient's rows follow")
         options.clients.remove("h2load")

@@ -70,7 +70,7 @@ def gatelet(
     work: Path,
     models: Mapping[str, Path],
     checks: Mapping[str, oip.ModelInferRequest],
-    transport: str = "grpcio",
+    transport: str = "http2",
 ) -> Iterator[Running]:
     """The scoring process, with each model once run singly and once together."""
     ways = {"singly": 1, "together": 32}
@@ -161,7 +161,7 @@ def kserve(
 
 SERVERS = {
     "gatelet": gatelet,
-    "gatelet-http2": partial(gatelet, transport="http2"),
+    "gatelet-grpcio": partial(gatelet, transport="grpcio"),
     "grpcio": minimal,
     "mlserver": mlserver,
     "kserve": kserve,
