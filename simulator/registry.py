@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import re
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ class Registry:
             else base64.b64encode(f"{username}:{password or ''}".encode()).decode()
         )
         self._runner: web.AppRunner | None = None
+        self._listening: socket.socket | None = None
         self._uploads = RegistryUploads(self._folder)
         self._faults = RegistryFaults()
         self._running = asyncio.Event()
@@ -86,19 +88,26 @@ class Registry:
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.2)
         await runner.setup()
         self._runner = runner
-        site = web.TCPSite(runner, self._host, self._port, ssl_context=self._tls)
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
-            await site.start()
+            self._listening = socket.create_server((self._host, self._port), family=family)
         except OSError:
             await self.stop()
             raise
-        self._port = runner.addresses[0][1]
+        self._port = self._listening.getsockname()[1]
+        await web.SockSite(runner, self._listening, ssl_context=self._tls).start()
 
     async def stop(self) -> None:
         """Close every connection and stop listening. Idempotent."""
         self._running.set()
         runner, self._runner = self._runner, None
+        listening, self._listening = self._listening, None
         if runner is not None:
+            if listening is not None:
+                # Before Python 3.12 a connection is forgotten and left open when the server is
+                # closed in the turn of the loop after it was taken.
+                asyncio.get_running_loop().remove_reader(listening)
+                await asyncio.sleep(0)
             await runner.cleanup()
         self._uploads.clear()
 

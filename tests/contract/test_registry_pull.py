@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -10,6 +11,7 @@ import os
 import queue
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -740,3 +742,20 @@ def test_tags_chunks_and_deletion(simulated, image):
         gone = http.request("GET", f"{repository}/manifests/v1")
         assert gone.status == 404
         assert gone.json()["errors"][0]["code"] == "MANIFEST_UNKNOWN"
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_registry_that_goes_away_leaves_no_connection_open(tmp_path, turns):
+    registry = Registry(tmp_path)
+    await registry.start()
+    host, _, port = registry.address.partition(":")
+    with socket.create_connection((host, int(port))) as client:
+        # In the first turns of the loop the connection is not taken, or taken by half.
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await registry.stop()
+        client.setblocking(False)
+        ended = asyncio.get_running_loop().sock_recv(client, 1)
+        # One that nobody took is reset.
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(ended, 10) == b""
