@@ -13,6 +13,7 @@ from ..modules.errors import ImageError, RegistryUnavailable, StorageFull
 from ..modules.oci.reference import ImageRef
 from ..modules.oci.store import ContentStore
 from .config import ConfigError, RegistryConfig, read_secret
+from .daemon_thread import in_daemon_thread
 from .image_trust import ImageTrust
 from .seams import DISK_FULL, Credentials, Progress, Resolved, StepFailed, StoredView
 from .steps import resolved_as
@@ -173,7 +174,7 @@ class RegistryImages:
 
 async def _in_thread(work: Callable[[], T]) -> T:
     try:
-        return await asyncio.to_thread(work)
+        return await in_daemon_thread(work)
     except ImageError as error:
         raise StepFailed(
             str(error),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .clock import Clock
+from .daemon_thread import in_daemon_thread
 from .document import ManifestError
 from .manifest_fetch import Fetch, FetchFailed, HttpFetch
 from .manifest_reference import (
@@ -299,7 +300,7 @@ class ManifestSource:
     async def _attempt(self, awaited: Awaited) -> None:
         stop = threading.Event()
         url = awaited.reference.url
-        job = asyncio.ensure_future(asyncio.to_thread(self._fetch, url, stop.is_set))
+        job = asyncio.ensure_future(in_daemon_thread(lambda: self._fetch(url, stop.is_set)))
         changed = asyncio.ensure_future(self._changed.wait())
         try:
             await asyncio.wait({job, changed}, return_when=asyncio.FIRST_COMPLETED)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..clock import Clock
 from ..config import AgentConfig
+from ..daemon_thread import in_daemon_thread
 from ..log_lines import LineFilter
 from ..plan_types import Kind
 from ..preview import FieldChange, Preview
@@ -22,7 +23,7 @@ from .commands import CommandRefused
 from .module_logs import SYSTEM_MODULES, ModuleLogs, NoSuchLog
 from .moments import parse_moment
 from .requests import BundleRequest
-from .table import DirectMethods, Method, Names, in_daemon_thread, refusal
+from .table import DirectMethods, Method, Names, refusal
 
 BUNDLE_LINES = 10_000
 """Of each module's log in a bundle."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ..clock import Clock
+from ..daemon_thread import in_daemon_thread
 from ..log_lines import LineFilter, as_json, as_text, encoded
 from ..runtime.container import LogLine
 from ..twin.transport import MethodResult
@@ -38,8 +38,6 @@ ANSWER_LIMIT = 127_000
 Method = Callable[[Any], Awaitable[MethodResult]]
 Bundle = Callable[[BundleRequest], Awaitable[bytes]]
 """Makes a support bundle (zip). Raises OSError."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,32 +214,3 @@ def _target(payload: Any) -> BlobTarget:
 
 def _begun(status: TaskStatus) -> MethodResult:
     return MethodResult(200, status.document())
-
-
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """Like asyncio.to_thread, but neither a cancellation nor the process's end waits for it: for
-    calls that end by their own time-outs."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:  # noqa: BLE001 (raised where the result is awaited)
-            error = raised
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:
-            pass  # the loop has ended, and nobody waits any more
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done
