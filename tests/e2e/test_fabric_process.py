@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -289,6 +290,52 @@ def test_two_packages_share_the_fabric(running: Site) -> None:
         thread.join(30)
     assert not errors
     assert running.status()["reconfigurations"] >= 10
+
+
+def test_more_threads_than_connections_wait_for_one(running: Site) -> None:
+    session = running.load(1)
+    errors: list[Exception] = []
+
+    def use() -> None:
+        try:
+            for count in range(1, 11):
+                running.check(session, 1, count)
+        except (BackendError, AssertionError) as error:
+            errors.append(error)
+
+    users = [threading.Thread(target=use) for _ in range(12)]
+    for thread in users:
+        thread.start()
+    for thread in users:
+        thread.join(60)
+    assert not errors
+    assert mapped(running) <= 4
+
+
+def test_no_connection_until_the_deadline(running: Site) -> None:
+    session = running.load(1)
+    assert running.process is not None
+    running.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, running.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def use() -> None:
+        # Whoever makes its connection now may give up on that before the process goes on.
+        with contextlib.suppress(BackendUnavailable):
+            running.check(session, 1)
+
+    users = [threading.Thread(target=use) for _ in range(4)]
+    try:
+        for thread in users:
+            thread.start()
+        until(lambda: not session._client._free)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="before the fabric was free"):
+            session.run({"x": batch(1)}, deadline=started + 0.05)
+        assert time.monotonic() - started < 0.5
+    finally:
+        running.process.send_signal(signal.SIGCONT)
+        for thread in users:
+            thread.join(20)
 
 
 def slow_to_configure(site: Site) -> None:

@@ -7,8 +7,10 @@ import math
 import os
 import socket
 import tempfile
+import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from gatelet.accelerators.errors import (
     LoadError,
 )
 from gatelet.accelerators.fpga import protocol
+from gatelet.accelerators.fpga.client import FabricClient
 from gatelet.accelerators.fpga.protocol import (
     INFERRED,
     FabricSick,
@@ -228,6 +231,27 @@ def test_errors_keep_their_type(kind: type[BackendError]) -> None:
     with pytest.raises(kind, match="what happened") as caught:
         raise_for(error_header(kind("what happened")))
     assert type(caught.value) is kind
+
+
+def test_another_version_is_told_apart_when_a_connection_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "fabric.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                receive_packet(connection, time.monotonic() + 5)
+                send_packet(connection, encode_message({"ok": True, "protocol": 2}))
+
+        old = threading.Thread(target=greet)
+        old.start()
+        try:
+            with pytest.raises(BackendUnavailable, match=r"version 2 .* the same gatelet"):
+                FabricClient(path).call({"op": "status"})
+        finally:
+            old.join(10)
 
 
 def test_a_silent_peer_costs_no_more_than_the_deadline() -> None:
