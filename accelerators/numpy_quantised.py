@@ -1,10 +1,10 @@
 """ONNX's int8 operators in numpy, and quantised graphs fused into them.
 
-A QDQ graph is run in integers where onnxruntime does so: a Gemm, MatMul or Conv between
-DequantizeLinear and QuantizeLinear becomes one step with the arithmetic of QLinearMatMul. The
-accumulator is exact; its float32 value times the float32 quotient of the scales is clamped, rounded
-half to even, and the zero point added. Sums of products of bytes are exact in floats too, whose
-matrix product is far faster than numpy's of integers.
+A QDQ graph is run in integers where onnxruntime does so: a Gemm, MatMul, Conv or GlobalAveragePool
+between DequantizeLinear and QuantizeLinear becomes one step with the arithmetic of QLinearMatMul.
+The accumulator is exact; its float32 value times the float32 quotient of the scales is clamped,
+rounded half to even, and the zero point added. Sums of products of bytes are exact in floats too,
+whose matrix product is far faster than numpy's of integers.
 """
 
 from __future__ import annotations
@@ -193,6 +193,8 @@ class Fusion:
 
     def fuse(self, node: Node) -> Fused | None:
         """None where the layer stays as it is."""
+        if (node.domain, node.operator) == ("", "GlobalAveragePool"):
+            return self._average(node)
         if node.domain or node.operator not in ("Gemm", "MatMul", "Conv") or len(node.inputs) < 2:
             return None
         call = self._call(node)
@@ -228,6 +230,28 @@ class Fusion:
         # The order in which onnxruntime multiplies and divides, in float32.
         factor = unit / target.scale.reshape(()).astype(np.float32)
         return Fused(node, x.source, last, layer.quantising(factor, target.zero.reshape(())))
+
+    def _average(self, node: Node) -> Fused | None:
+        """Sums in integers, as onnxruntime's QLinearGlobalAveragePool."""
+        x = self._dequantised(node.inputs[0])
+        last, target = self._target(node)
+        if x is None or target is None or x.scale.size != 1 or x.zero.size != 1:
+            return None
+        if x.zero.dtype not in _BYTE_TYPES or target.zero.dtype != x.zero.dtype:
+            return None
+        given, wanted = x.scale.reshape(()), target.scale.reshape(()).astype(np.float32)
+        x_zero, y_zero = int(x.zero.reshape(())), target.zero.reshape(())
+
+        def run(values: Value) -> Value:
+            if values.ndim < 3:
+                raise BackendError(f"GlobalAveragePool over {list(values.shape)}")
+            spatial = tuple(range(2, values.ndim))
+            count = math.prod(values.shape[2:])
+            sums = values.sum(axis=spatial, keepdims=True, dtype=np.int64) - x_zero * count
+            factor = given / (wanted * np.float32(count))
+            return quantise(sums.astype(np.float32) * factor, y_zero, y_zero.dtype)
+
+        return Fused(node, x.source, last, run)
 
     def _constant(self, node: Node, at: int) -> Array | None:
         return self._constants.get(node.inputs[at]) if len(node.inputs) > at else None

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from ..bench import onnx_models
+from ..quantised_networks import random_network
 
 Array = np.ndarray[Any, Any]
 FLOAT, INT8, UINT8 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8
@@ -545,3 +546,10 @@ def test_averages_at_the_end_count_what_onnxruntime_counts(opset: int, include: 
             ceil_mode=1, count_include_pad=include,
         )  # fmt: skip
         assert_close(build([node], {"x": x}, {"y": FLOAT}, opset=opset), {"x": x})
+
+
+def test_random_quantised_networks_have_the_bits_of_onnxruntime() -> None:
+    for seed in range(60):
+        network = random_network(seed)
+        ours, theirs = both(network.model(), {"x": network.images(1 + seed % 6)})
+        assert np.array_equal(ours["y"], theirs["y"]), (seed, network.described)

@@ -13,6 +13,8 @@ from gatelet.simulator.board.rtl_core import RtlEngine
 from gatelet.simulator.demo.dataset import load_heldout, model_directory
 from onnx import TensorProto, helper, numpy_helper
 
+from ..quantised_networks import Qdq, random_network
+
 CORE = PRESETS["pynq-z2"]
 SLOW_CPU = CostModel(cpu_ns_per_mac=1000.0, cpu_us_per_node=1000.0)
 
@@ -65,102 +67,6 @@ def test_demo_models_have_the_same_bits_for_every_heldout_image(
         ):
             ideal = cost.macs * len(images) / CORE.macs_per_cycle
             print(f"{version} {cost.name}, {len(images)} items: {cycles} cycles, ideal {ideal:.0f}")
-
-
-class Qdq:
-    """Writes a QDQ model operator by operator."""
-
-    def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.shape = shape
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        self.tensor, self.scale, self.count = "x", np.float32(0.05), 0
-        self.tensor = self.quantise("x", 0.05, 3)
-
-    def constant(self, value: Any) -> str:
-        self.count += 1
-        self.constants.append(numpy_helper.from_array(np.asarray(value), f"c{self.count}"))
-        return f"c{self.count}"
-
-    def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
-        self.count += 1
-        name = f"{kind}{self.count}"
-        self.nodes.append(helper.make_node(kind, inputs, [f"t{self.count}"], name, **attributes))
-        return f"t{self.count}"
-
-    def quantise(self, tensor: str, scale: float, zero: int) -> str:
-        self.scale, self.zero = np.float32(scale), np.int8(zero)
-        self.tensor = self.node(
-            "QuantizeLinear", [tensor, self.constant(self.scale), self.constant(self.zero)]
-        )
-        return self.tensor
-
-    def dequantised(self) -> str:
-        return self.node(
-            "DequantizeLinear",
-            [self.tensor, self.constant(self.scale), self.constant(self.zero)],
-        )
-
-    def affine(
-        self, kind: str, weights: tuple[int, ...], relu: bool = False, zero: int | None = None,
-        **attributes: Any,
-    ) -> Qdq:  # fmt: skip
-        out = weights[0] if kind == "Conv" else weights[1]
-        axis = 0 if kind == "Conv" else 1
-        fan = int(np.prod(weights)) // out
-        scale = self.rng.uniform(0.005, 0.02, out).astype(np.float32)
-        x = self.dequantised()
-        values = self.rng.integers(-128, 128, weights).astype(np.int8)
-        w = self.node(
-            "DequantizeLinear",
-            [self.constant(values), self.constant(scale), self.constant(np.zeros(out, np.int8))],
-            axis=axis,
-        )
-        bias = self.rng.integers(-3000, 3000, out).astype(np.int32)
-        b = self.node(
-            "DequantizeLinear", [self.constant(bias), self.constant(self.scale * scale)], axis=0
-        )
-        inputs = [x, w] if kind == "MatMul" else [x, w, b]
-        y = self.node(kind, inputs, **attributes)
-        if relu:
-            y = self.node("Relu", [y])
-        point = zero if zero is not None else -128 if relu else 4
-        self.quantise(y, float(self.scale) * 0.012 * 74 * 60 * np.sqrt(fan) / 50, point)
-        return self
-
-    def keep(self, kind: str, **attributes: Any) -> Qdq:
-        """An operator that keeps scale and zero point."""
-        y = self.node(kind, [self.dequantised()], **attributes)
-        self.quantise(y, float(self.scale), int(self.zero))
-        return self
-
-    def average(self) -> Qdq:
-        y = self.node("GlobalAveragePool", [self.dequantised()])
-        self.quantise(y, float(self.scale) * 0.5, -100)
-        return self
-
-    def floating(self, kind: str, **attributes: Any) -> Qdq:
-        y = self.node(kind, [self.dequantised()], **attributes)
-        self.quantise(y, 0.01, 0)
-        return self
-
-    def model(self) -> bytes:
-        y = self.dequantised()
-        self.nodes.append(helper.make_node("Identity", [y], ["y"]))
-        graph = helper.make_graph(
-            self.nodes,
-            "qdq",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *self.shape])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            self.constants,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        content: bytes = model.SerializeToString()
-        return content
-
-    def images(self, count: int) -> Any:
-        return self.rng.normal(0, 2.5, (count, *self.shape)).astype(np.float32)
 
 
 def cnn(channels: int = 3) -> Qdq:
@@ -312,6 +218,20 @@ def test_functions_of_the_model_go_with_what_stays_on_the_cpu(engine: RtlEngine)
     assert offload is not None
     result = run_split(offload, engine, {"x": images})
     assert np.array_equal(result, session(content).run(None, {"x": images})[0])
+
+
+def test_random_networks_have_the_bits_of_onnxruntime(engine: RtlEngine) -> None:
+    offloaded = 0
+    for seed in range(40):
+        network = random_network(seed)
+        model, images = network.model(), network.images(1 + seed % 6)
+        offload = compile_model(model, CORE, SLOW_CPU).offload
+        if offload is not None:
+            offloaded += 1
+            expected = session(model).run(None, {"x": images})[0]
+            result = run_split(offload, engine, {"x": images})
+            assert np.array_equal(result, expected), (seed, network.described)
+    assert offloaded > 30
 
 
 def test_windows_in_the_padding_alone_are_no_windows(engine: RtlEngine) -> None:
