@@ -157,13 +157,11 @@ def check_size(size: int, most_bytes: int) -> None:
 
 def unpack(message: bytes, most_bytes: int, reserve: Callable[[int], bool]) -> bytes:
     """A gzip message, without unpacking more than `most_bytes`, each piece of which is reserved
-    before it is unpacked. Raises Failed."""
+    before the next one. Raises Failed."""
     reader = zlib.decompressobj(31)
     pieces: list[bytes] = []
     size, left = 0, message
     while not reader.eof:
-        if not reserve(_PIECE):
-            raise Failed(UNAVAILABLE, TOO_MUCH)
         try:
             piece = reader.decompress(left, _PIECE)
         except zlib.error as error:
@@ -175,6 +173,8 @@ def unpack(message: bytes, most_bytes: int, reserve: Callable[[int], bool]) -> b
         if size > most_bytes:
             text = f"the message unpacks to more than the allowed {most_bytes} bytes"
             raise Failed(EXHAUSTED, text)
+        if not reserve(len(piece)):
+            raise Failed(UNAVAILABLE, TOO_MUCH)
         pieces.append(piece)
     if not reader.eof or reader.unused_data:
         raise Failed(INTERNAL, "the message is no whole gzip")

@@ -132,7 +132,7 @@ class HttpServer:
         self._end = asyncio.Event()
         for listener in self._listeners:
             context = None if listener.tls is None else listener.tls.context()
-            listener.server = await self._serve_on(listener, context)
+            await self._serve_on(listener, context)
         looking = asyncio.ensure_future(self._look_after())
         self._started.set()
         await self._end.wait()
@@ -145,23 +145,29 @@ class HttpServer:
         while self._connections and monotonic() < until:
             await asyncio.wait([looking], timeout=0.02)
         looking.cancel()
+        await asyncio.wait([looking])
+        for listener in self._listeners:
+            # One that took another's place meanwhile.
+            if listener.server is not None:
+                listener.server.close()
         for connection in tuple(self._connections):
             connection.abort()
         # What was aborted is told so in the loop's next turns.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    async def _serve_on(
-        self, listener: _Listener, context: ssl.SSLContext | None
-    ) -> asyncio.Server:
-        return await self._loop.create_server(
+    async def _serve_on(self, listener: _Listener, context: ssl.SSLContext | None) -> None:
+        listener.server = await self._loop.create_server(
             listener.connect,
             # A copy: closing a server closes its socket, and another one may take its place.
             sock=listener.made.dup(),
             ssl=context,
             ssl_handshake_timeout=None if context is None else self.limits.tls_handshake,
             backlog=_BACKLOG,
+            # Below: where this is cancelled, the server is known already, and closed at the end.
+            start_serving=False,
         )
+        await listener.server.start_serving()
 
     async def _look_after(self) -> None:
         again = monotonic() + _RELOAD_SECONDS
@@ -169,7 +175,12 @@ class HttpServer:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = monotonic()
             for connection in tuple(self._connections):
-                connection.sweep(now)
+                try:
+                    connection.sweep(now)
+                except Exception:
+                    # The others' time-outs must go on.
+                    log.exception("looking after a connection hit a defect of the server")
+                    connection.abort()
             if now >= again:
                 again = now + _RELOAD_SECONDS
                 for listener in self._listeners:
@@ -178,7 +189,8 @@ class HttpServer:
     async def _renew(self, listener: _Listener) -> None:
         context = None if listener.tls is None else listener.tls.renewed()
         if context is not None:
-            before, listener.server = listener.server, await self._serve_on(listener, context)
+            before = listener.server
+            await self._serve_on(listener, context)
             if before is not None:
                 await self._retire(before)
 
@@ -187,9 +199,11 @@ class HttpServer:
         after, and one whose server was closed meanwhile is dropped without a word."""
         for listening in server.sockets:
             self._loop.remove_reader(listening.fileno())
-        for _ in range(2):
-            await asyncio.sleep(0)
-        server.close()
+        try:
+            for _ in range(2):
+                await asyncio.sleep(0)
+        finally:
+            server.close()
 
     def metrics(self) -> list[Family]:
         """For `/metrics`."""
@@ -255,8 +269,13 @@ class HttpServer:
 
     def _do_posted(self) -> None:
         self._woken = False
-        while self._posted:
-            self._posted.popleft()()
+        try:
+            while self._posted:
+                self._posted.popleft()()
+        finally:
+            # After a defect of one, which the loop logs, the others still have their turn.
+            if self._posted:
+                self._loop.call_soon(self._do_posted)
 
 
 def _bound(address: str) -> tuple[socket.socket, str]:

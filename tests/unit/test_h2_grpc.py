@@ -129,6 +129,10 @@ def test_a_bomb_is_unpacked_as_far_as_there_is_room() -> None:
     with pytest.raises(Failed, match="too much is being received"):
         unpack(bomb, 2**30, reserve)
     assert sum(reserved) < 5_000_000
+    reserved.clear()
+    assert unpack(gzip.compress(b"small"), 1000, reserve) == b"small"
+    # No more than it takes.
+    assert reserved == [5]
     with pytest.raises(Failed, match="more than the allowed 2000000 bytes"):
         unpack(bomb, 2_000_000, lambda size: True)
     with pytest.raises(Failed, match="no whole gzip"):
