@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import grpc
 import numpy as np
@@ -35,8 +36,9 @@ class Peer:
     def __init__(self, site: Site, settings: dict[int, int] | None = None) -> None:
         host, _, port = site.address.rpartition(":")
         self.link = socket.create_connection((host, int(port)), timeout=15)
-        self.send(h2.PREFACE, h2.settings(settings or {}))
         self._buffer = b""
+        self._held: list[bytes] | None = None
+        self.send(h2.PREFACE, h2.settings(settings or {}))
 
     def __enter__(self) -> Peer:
         return self
@@ -45,7 +47,18 @@ class Peer:
         self.link.close()
 
     def send(self, *frames: bytes) -> None:
-        self.link.sendall(b"".join(frames))
+        if self._held is not None:
+            self._held += frames
+        else:
+            self.link.sendall(b"".join(frames))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent meanwhile goes out in one piece."""
+        self._held = []
+        yield
+        frames, self._held = self._held, None
+        self.send(*frames)
 
     def call(
         self, number: int, body: bytes, *more: tuple[bytes, bytes], path: str = INFER, end: int = 1
@@ -86,6 +99,18 @@ class Peer:
                 if flags & h2.END_STREAM:
                     return got
         raise AssertionError(f"closed before the end of {number}: {got!r}")
+
+    def all_ended(self, numbers: Iterable[int]) -> dict[int, bytes]:
+        """`ended` of each, in whatever order they end."""
+        got = dict.fromkeys(numbers, b"")
+        left = len(got)
+        for kind, flags, stream, payload in self.frames():
+            if stream in got and kind in (h2.DATA, h2.HEADERS):
+                got[stream] += payload
+                left -= flags & h2.END_STREAM
+                if not left:
+                    return got
+        raise AssertionError(f"closed before {left} of them ended")
 
     def goodbye(self) -> int:
         """The code of GOAWAY, once the connection is closed."""

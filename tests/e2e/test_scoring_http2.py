@@ -10,13 +10,17 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 import psutil
 import pytest
+from gatelet.accelerators.backend import LoadOptions, Variant
+from gatelet.accelerators.errors import BackendError
+from gatelet.accelerators.tensors import Array, TensorSpec
 from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.agent.scoring.h2_headers import literals
@@ -51,6 +55,72 @@ def test_interleaved_calls_on_one_connection(site: Site) -> None:
         for number in (1, 3, 5):
             peer.call(number, body, end=1)
         assert [status(peer.ended(number)) for number in (1, 3, 5)] == [0, 0, 0]
+
+
+class Choosy:
+    """A model at once, that a 13 among its inputs makes fail."""
+
+    name = backend = "cpu"
+    inputs = (TensorSpec("x", "FP32", (-1, 4)),)
+    outputs = (TensorSpec("y", "FP32", (-1, 4)), TensorSpec("total", "FP32", (-1, 1)))
+    healthy = True
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def accepts(self, variant: Variant) -> str | None:
+        return None
+
+    def load(self, directory: Path, variant: Variant, options: LoadOptions) -> Choosy:
+        return self
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        deadline: float | None = None,
+    ) -> dict[str, Array]:
+        x = np.asarray(inputs["x"], np.float32)
+        self.sizes.append(len(x))
+        if (x == 13).any():
+            raise BackendError("13 is unlucky")
+        return {"y": x * 2, "total": x.sum(1, keepdims=True)}
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_comes_together_runs_together_and_fails_alone(tmp_path: Path) -> None:
+    model = Choosy()
+    settings = {"grpc_transport": "http2"}
+    with serve(tmp_path / "s", [model], settings=settings) as site:
+        site.deploy({"e": onnx_models.scale_folder(tmp_path / "m", 2.0)})
+        instance = site.server_instance("e")
+        instance.batching = replace(instance.batching, max_batch=16)
+        with Peer(site) as peer:
+            # What a run takes has to be known, and how such a request reads.
+            for number in (1, 3, 5, 7):
+                peer.call(number, framed(request().SerializeToString()))
+                assert status(peer.ended(number)) == 0
+            model.sizes.clear()
+            before = instance.statistics.snapshot()
+            rows = [np.full((1, 4), float(n), np.float32) for n in range(40)]
+            numbers = range(9, 9 + 2 * len(rows), 2)
+            with peer.together():
+                for number, row in zip(numbers, rows, strict=True):
+                    peer.call(number, framed(request("e", row).SerializeToString()))
+            answers = peer.all_ended(numbers)
+        for number, row in zip(numbers, rows, strict=True):
+            unlucky = row[0, 0] == 13
+            assert status(answers[number]) == (13 if unlucky else 0)
+            assert ((2 * row).tobytes() in answers[number]) is not unlucky
+        after = instance.statistics.snapshot()
+        assert after.success.count - before.success.count == 39
+        assert after.fail.count - before.fail.count == 1
+        assert after.inference_count - before.inference_count == 39
+        # They came in one packet, or in a few.
+        assert max(model.sizes) > 4
+        assert len(model.sizes) < 40
 
 
 def test_gzip_and_other_encodings(site: Site) -> None:
