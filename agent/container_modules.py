@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,12 @@ from .runtime.create_body import CreateFacts, create_body
 from .runtime.policy import protected_paths
 from .runtime.scoring_module import scoring_socket
 from .seams import NoEngine
+from .store import StateStore
+from .store_types import StoreError
 
+log = logging.getLogger(__name__)
+
+_ENGINES_OWN = "engines-own"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -73,12 +79,13 @@ def open_engine(
     *,
     runtime: ContainerRuntime | None = None,
     seen_before: bool = False,
+    store: StateStore | None = None,
     jitter: random.Random | None = None,
 ) -> Engine | NoEngine:
     """The engine that the configuration asks for; `runtime` in place of Docker for simulations.
 
     With "auto", a socket that is missing means that there is no engine, unless one was
-    `seen_before`. Raises ConfigError.
+    `seen_before`. `store` keeps what is known of its ways. Raises ConfigError.
     """
     if runtime is not None:
         return Engine(runtime, clock, on_change, jitter=jitter)
@@ -93,7 +100,7 @@ def open_engine(
             )
         return NoEngine("the Python package docker is missing; install gatelet[docker]")
     return Engine(
-        _docker(config),
+        _docker(config, store),
         clock,
         on_change,
         socket=docker.socket,
@@ -110,8 +117,17 @@ def boot_id() -> str:
         return ""
 
 
-def _docker(config: AgentConfig) -> ContainerRuntime:
+def _docker(config: AgentConfig, store: StateStore | None) -> ContainerRuntime:
     from .runtime.docker import DockerRuntime
+    from .runtime.engine_own import EnginesOwn
+
+    def save(text: str) -> None:
+        try:
+            if store is not None:
+                store.note_fact(_ENGINES_OWN, text)
+        except StoreError as error:
+            # Known as long as this agent runs.
+            log.error("%s", error)
 
     docker = config.docker
     logins = tuple(
@@ -130,6 +146,7 @@ def _docker(config: AgentConfig) -> ContainerRuntime:
         network=docker.network,
         policy=docker.policy,
         protected=_protected(config),
+        engines_own=EnginesOwn("" if store is None else store.fact(_ENGINES_OWN), save),
     )
 
 

@@ -77,6 +77,9 @@ def advance(
     if view is None:
         return Move(Create(module.name, container), fresh=True)
     if not _is_as_wanted(module, view) or view.state in ("dead", "paused"):
+        until = history.patience.get(module.name, now)
+        if now < until and view.state == "running" and view.spec == container.fingerprint():
+            return Move(wake_at=until)
         return Move(_out_of_the_way(view, _why(module, view)), fresh=True)
     state = history.restarts.get(module.name, NEW)
     if view.state == "created":
@@ -109,7 +112,8 @@ def clear(module: str, observed: Observed, but: str | None = None) -> Step | Non
     """What takes the containers of a module away, except the one named `but`."""
     for view in _of(module, observed):
         if view.name != but:
-            return _out_of_the_way(view, "no deployment wants it")
+            why = "no deployment wants it" if but is None else f"the module's container is {but}"
+            return _out_of_the_way(view, why)
     return None
 
 

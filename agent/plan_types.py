@@ -343,13 +343,15 @@ class History:
 
     `restarts` by module; `unready` says since when (monotonic) a module holds later start groups
     back; `discard` are the images to remove. `proven`: the deployment was good before, so nothing
-    of it is given up: there is nothing better, and what is in its way may go.
+    of it is given up: there is nothing better, and what is in its way may go. `patience`: until
+    when (monotonic) a container that somebody keeps changing is left as it is, by module.
     """
 
     restarts: Mapping[str, RestartState] = field(default_factory=dict)
     unready: Mapping[str, float] = field(default_factory=dict)
     discard: tuple[Collect | RemoveImage, ...] = ()
     proven: bool = False
+    patience: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

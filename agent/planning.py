@@ -196,10 +196,13 @@ class Planning:
             and module.name not in self.missing
             and (there or not self.frozen)
         ):
-            move = advance(module, self.observed, self.history, self.rules, self.now)
-            if move.step is None:
-                # A container of an earlier agent, under another name.
-                self._add(clear(module.name, self.observed, module.container.name))
+            # One that was renamed, or of an earlier agent: it may hold what the new one needs.
+            other = clear(module.name, self.observed, module.container.name)
+            move = (
+                advance(module, self.observed, self.history, self.rules, self.now)
+                if other is None
+                else Move(other, fresh=True)
+            )
             if self._move(module, move) or there:
                 return
         if module.name in self.old:

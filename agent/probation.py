@@ -204,12 +204,13 @@ def _is_made(module: WantedModule, observed: Observed) -> bool:
     return view is not None and container is not None and view.spec == container.fingerprint()
 
 
-def deadlines(watched: Probation, wanted: Wanted, rules: ProbationRules) -> list[float]:
-    """When time alone may change the judgement (monotonic)."""
+def deadlines(watched: Probation, wanted: Wanted, rules: ProbationRules, now: float) -> list[float]:
+    """When time alone may change the judgement (monotonic): after `now`, for a module that was not
+    changed may be unwell for long without failing the deployment."""
     times = [since + rules.healthy_deadline for since in watched.starting_since.values()]
     if watched.settled_since is not None:
         times.append(good_at(watched, wanted, rules))
-    return times
+    return [time for time in times if time > now]
 
 
 def fatal_failure(plan: Plan) -> Failure | None:

@@ -164,6 +164,7 @@ class Agent:
             self._look_again,
             runtime=runtime,
             seen_before=store.fact(ENGINE_SEEN) != "",
+            store=store,
             jitter=jitter,
         )
         self._engine_noted = store.fact(ENGINE_SEEN) != ""

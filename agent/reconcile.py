@@ -320,6 +320,7 @@ class Reconciler:
                 self._unready,
                 self._discard(observed),
                 proven=goal.wanted.phase == "good",
+                patience=self._restarts.patience(),
             ),
             self._settings.planning(),
         )
@@ -385,7 +386,7 @@ class Reconciler:
         if current.wake_at is not None:
             times.append(current.wake_at)
         if goal.wanted.phase in ("applying", "probation") and self._probation is not None:
-            times += deadlines(self._probation, wanted, self._settings.probation())
+            times += deadlines(self._probation, wanted, self._settings.probation(), now)
         return max(0.01, min([pause, *(time - now for time in times)]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .clock import Clock
 from .plan_containers import RUNNING_STATES
@@ -19,6 +19,7 @@ from .restarts import (
     note,
     was_stopped,
 )
+from .runtime.container import ContainerView
 from .seams import EngineView
 from .store import StateStore
 
@@ -27,6 +28,15 @@ READINESS_GRACE_SECONDS = 60.0
 """For which a scoring container that just started need not answer."""
 
 _SHUTDOWN_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Drift:
+    """The last changed container of a module, the how many-th in a row, and when it was seen."""
+
+    container: str
+    count: int
+    at: float
 
 
 class RestartMemory:
@@ -41,9 +51,27 @@ class RestartMemory:
         self._outages = 0
         self._away = False
         self._looked = False
+        self._drifts: dict[str, _Drift] = {}
 
     def states(self) -> Mapping[str, RestartState]:
         return self._states
+
+    def patience(self) -> dict[str, float]:
+        """Until when (monotonic) a changed container is left alone, by module: the first change is
+        put right at once, what comes again and again at the pace of restarts."""
+        return {
+            module: drift.at + self._rules.wait(drift.count - 2)
+            for module, drift in self._drifts.items()
+            if drift.count > 1
+        }
+
+    def _note_drift(self, view: ContainerView, now: float) -> None:
+        known = self._drifts.get(view.module)
+        if not view.drift or (known is not None and known.container == view.id):
+            return
+        again = known is not None and now - known.at < self._rules.reset_after
+        count = known.count + 1 if known is not None and again else 1
+        self._drifts[view.module] = _Drift(view.id, count, now)
 
     def reloads(self) -> dict[str, int]:
         """How often each module was to be restarted on request: its model is loaded anew."""
@@ -67,6 +95,7 @@ class RestartMemory:
         )
         self._away, self._looked = False, True
         for view in observed.containers.values():
+            self._note_drift(view, now)
             before = self._states.get(view.module, NEW)
             self._set(
                 view.module,
@@ -136,6 +165,7 @@ class RestartMemory:
     def forget(self, modules: Iterable[str]) -> None:
         """Nothing runs any more under these names, and no deployment has them."""
         for module in modules:
+            self._drifts.pop(module, None)
             if self._states.pop(module, None) is not None:
                 self._store.forget_restart(module)
 

@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterable
 
 from .clock import Clock
 from .manifest import Manifest
-from .plan import Failure, Load, Plan, Pull, Step, Wanted, describe, subject
+from .plan import (
+    Collect,
+    Failure,
+    Load,
+    Plan,
+    Pull,
+    RemoveImage,
+    Step,
+    Wanted,
+    describe,
+    subject,
+)
 from .restart_memory import RestartMemory
 from .seams import DISK_FULL, Progress, StepFailed
 from .steps import Executor
@@ -18,6 +29,9 @@ from .store_types import StoreError
 from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)
+
+
+DISCARD_CAP_SECONDS = 3600.0
 
 
 class StepTasks:
@@ -145,7 +159,8 @@ class StepTasks:
         delay = full_jitter(
             count - 1,
             self._retry_base,
-            self._retry_cap,
+            # What keeps an image here is somebody's container: that is for long.
+            DISCARD_CAP_SECONDS if isinstance(step, (Collect, RemoveImage)) else self._retry_cap,
             self._jitter,
         )
         retry_at = self._clock.monotonic() + delay

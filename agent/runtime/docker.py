@@ -33,6 +33,7 @@ from .engine_errors import unreachable
 from .engine_images import image_id, images, pull, reference, remove_image, tag_present
 from .engine_link import Client, EngineLink, inspected
 from .engine_logs import read_logs
+from .engine_own import EnginesOwn
 from .engine_reader import EngineReader
 from .inspection import container_view
 from .policy import DockerPolicy, mount_refusal, stop_seconds
@@ -45,7 +46,6 @@ _EVENTS = (
 """Not exec_create and the like: each health check makes some."""
 
 _REMOVAL_SECONDS = 20.0
-_REMEMBERED = 1000
 _STALE_TASK = re.compile(r"\btask [0-9a-f]{12,}: already exists")
 
 
@@ -69,6 +69,7 @@ class DockerRuntime:
         policy: DockerPolicy | None = None,
         protected: tuple[str, ...] = (),
         timeout: int = 60,
+        engines_own: EnginesOwn | None = None,
     ) -> None:
         self._socket = socket
         self._device = device_id
@@ -79,8 +80,7 @@ class DockerRuntime:
         self._link = EngineLink(socket, timeout)
         self._networks = threading.Lock()
         self._image_configs: dict[str, Mapping[str, Any]] = {}
-        # What an engine made of a body by itself right when it created it, by container id.
-        self._engines_own: dict[str, frozenset[str]] = {}
+        self._engines_own = EnginesOwn() if engines_own is None else engines_own
 
     # The engine
 
@@ -273,9 +273,7 @@ class DockerRuntime:
                 "it is tried again",
                 retryable=True,
             )
-        self._engines_own[identity] = own
-        while len(self._engines_own) > _REMEMBERED:
-            del self._engines_own[next(iter(self._engines_own))]
+        self._engines_own.note(identity, own)
 
     def _make_network(self, client: Client, host: Mapping[str, Any]) -> None:
         """The network that modules join by default, which somebody may have pruned."""
@@ -321,7 +319,7 @@ class DockerRuntime:
             created = json.loads(labels.get(CREATED_LABEL, ""))
         except ValueError:
             return (f"Labels.{CREATED_LABEL}",)
-        own = self._engines_own.get(inspect["Id"], frozenset())
+        own = self._engines_own.of(inspect["Id"])
         return tuple(name for name in self._compare(inspect, created) if name not in own)
 
     def _compare(self, inspect: Mapping[str, Any], created: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from gatelet.agent.module_spec import ModuleSpec
 from gatelet.agent.runtime.container import LogFilter, RuntimeFailed
 from gatelet.agent.runtime.create_body import CreateFacts, create_body
 from gatelet.agent.runtime.docker import DockerRuntime
+from gatelet.agent.runtime.drift import drift
+from gatelet.agent.runtime.engine_own import EnginesOwn
 from gatelet.agent.runtime.policy import DockerPolicy
 from gatelet.modules.oci.client import RegistryClient
 from gatelet.modules.oci.reference import ImageRef
@@ -799,6 +801,29 @@ async def test_closing_does_not_wait_for_a_container_to_end(real):
     with pytest.raises(RuntimeFailed):
         await asyncio.wait_for(stop, SECONDS)
     assert (await view(real.runtime(), spec)).state == "running"
+
+
+async def test_what_the_engine_makes_of_a_body_by_itself_is_known_after_a_restart(
+    real, monkeypatch
+):
+    """An engine of a kind that no rule foresees: it changes every body in the same way."""
+
+    def of_another_kind(*what):
+        return (*drift(*what), "HostConfig.Quirk")
+
+    monkeypatch.setattr("gatelet.agent.runtime.docker.drift", of_another_kind)
+    saved = []
+    own = EnginesOwn("", saved.append)
+    runtime = DockerRuntime(real.engine.socket, real.device, engines_own=own)
+    real.runtimes.append(runtime)
+    spec = await made(real, runtime)
+    assert (await view(runtime, spec)).drift == ()
+    again = DockerRuntime(real.engine.socket, real.device, engines_own=EnginesOwn(saved[-1]))
+    real.runtimes.append(again)
+    assert (await view(again, spec)).drift == ()
+    real.update(spec.name, PidsLimit=50)
+    assert (await view(again, spec)).drift == ("HostConfig.PidsLimit",)
+    assert (await view(real.runtime(), spec)).drift == ("HostConfig.PidsLimit", "HostConfig.Quirk")
 
 
 async def test_a_link_on_the_host_must_be_permitted_too(real, tmp_path):

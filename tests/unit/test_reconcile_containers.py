@@ -768,3 +768,68 @@ def test_what_ended_by_itself_while_no_agent_looked_is_not_started_again() -> No
         assert device.store.restarts()["web"].count == 1
 
     play(scenario)
+
+
+def test_a_renamed_container_makes_room_before_its_successor_begins() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        device.engine.rename("aa", "theirs")
+        # As the engine says it when both want the same port.
+        refused = RuntimeFailed("port is already allocated", retryable=True)
+        device.engine.faults.fail_always["start"] = refused
+        await device.until(lambda: "theirs" not in device.containers())
+        del device.engine.faults.fail_always["start"]
+        await device.until(lambda: device.containers() == {"aa": f"{V1} running"}, 120)
+
+    play(scenario)
+
+
+def drifts(device: Device) -> list[str]:
+    changed = [c.host.get("Memory") == 4711 for c in device.engine.containers()]
+    return ["Memory" for one in changed if one] if changed else ["Memory is not known"]
+
+
+def test_what_somebody_keeps_changing_is_put_right_at_the_pace_of_restarts() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1)
+        await device.good(manifest(aa=V1))
+        await asyncio.sleep(3600)
+        made = {device.ids()["aa"]}
+        began = device.clock.monotonic()
+        device.engine.update("aa", Memory=4711)
+        await device.until(lambda: "aa" in device.ids() and device.ids()["aa"] not in made, 20)
+        while device.clock.monotonic() - began < 2 * 3600:
+            container = device.engine.find("aa")
+            if container is not None:
+                made.add(container.id)
+                if container.state["Running"] and container.host.get("Memory") != 4711:
+                    device.engine.update("aa", Memory=4711)
+            await asyncio.sleep(5)
+        assert 20 < len(made) < 40
+        assert device.phase() == "good"
+        # Once nobody does, it is as it was made, and the next change is put right at once.
+        await device.until(lambda: not any("Memory" in d for d in drifts(device)), 400)
+        await device.settled()
+        await asyncio.sleep(1200)
+        last = device.ids()["aa"]
+        device.engine.update("aa", Memory=4711)
+        await device.until(lambda: device.ids().get("aa", last) != last, 20)
+
+    play(scenario)
+
+
+def test_an_image_that_somebody_uses_is_asked_for_seldom() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1))
+        device.engine.create_foreign("theirs", V1)
+        await device.good(manifest(aa=V2))
+        device.disk.free = 0
+        await asyncio.sleep(4 * 24 * 3600)
+        tried = [step for _, _, step, *_ in device.store.journal_tail(2000) if "remove" in step]
+        assert 20 < len(tried) < 600
+        device.engine.remove("theirs")
+        await device.until(lambda: len(device.engine.image_digests()) == 1, 2 * 3600)
+
+    play(scenario)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 import pytest
-from container_world import Device, manifest, play
+from container_world import HEALTHCHECK, Device, manifest, play
 from gatelet.agent.runtime.container import RuntimeFailed
 
 V1, V2 = "r.io/app:1", "r.io/app:2"
@@ -64,5 +64,25 @@ def test_manifests_of_long_ago_are_not_kept_in_memory() -> None:
         for number in range(30):
             await device.good(manifest(aa={"image": V1, "env": {"N": str(number)}}))
         assert len(device.reconciler._wanted._manifests) < 10
+
+    play(scenario)
+
+
+def test_a_module_that_stays_unwell_while_another_one_is_deployed_keeps_nobody_busy() -> None:
+    async def scenario(device: Device) -> None:
+        device.engine.publish(V1, layers=((V1, 1000),))
+        ill = {"image": V1, "restartPolicy": "on-failure", "options": {"Healthcheck": HEALTHCHECK}}
+        await device.good(manifest(aa=ill))
+        device.engine.signal("aa", "SIGUSR1")
+        await asyncio.sleep(60)
+        device.reconciler.submit("local", 0, manifest(aa=ill, bb=V1), always=True)
+        await device.until(lambda: "running" in device.containers().get("bb", ""))
+        # More than the time within which a container that was changed has to be healthy.
+        await asyncio.sleep(400)
+        passes = count_passes(device)
+        await asyncio.sleep(3600)
+        assert 10 < len(passes) < 1000
+        device.engine.signal("aa", "SIGUSR2")
+        await device.until(lambda: device.phase() == "good", 60)
 
     play(scenario)
