@@ -62,6 +62,22 @@ def test_a_unit_is_hardened(analyze: str, service: Path) -> None:
     assert run.returncode == 0, run.stdout[-300:] + run.stderr
 
 
+def test_the_fabric_may_write_where_pynq_notes_what_is_configured() -> None:
+    """pynq's download writes into its own package, and fails on a file system that is read-only."""
+    import importlib.util
+
+    found = importlib.util.find_spec("pynq")
+    if found is None or found.origin is None:
+        pytest.skip("needs pynq")
+    source = (Path(found.origin).parent / "pl_server" / "global_state.py").read_text()
+    assert "STATE_DIR = os.path.dirname(__file__)" in source, "pynq writes elsewhere now"
+    text = (UNITS / "gatelet-fabric.service").read_text()
+    paths = re.findall(r"(?m)^ReadWritePaths=-(\S+/pynq/pl_server)$", text)
+    for root in ("/usr/local/share/pynq-venv", "/opt/gatelet"):
+        for minor in (10, 11, 12):
+            assert f"{root}/lib/python3.{minor}/site-packages/pynq/pl_server" in paths
+
+
 def test_every_unit_has_limits_and_a_watchdog() -> None:
     assert len(SERVICES) == 3
     for service in SERVICES:
