@@ -84,17 +84,19 @@ class EngineReader:
 
     def api_version(self) -> str:
         """The version to speak. Raises UnsupportedEngine too."""
-        if not self._api_version:
-            offered = str(self._json("/version").get("ApiVersion", ""))
-            major, _, minor = offered.partition(".")
-            version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
-            if version < OLDEST_API:
-                raise UnsupportedEngine(
-                    f"the engine speaks API {offered or 'of no version'}; Docker 20.10 (API 1.41) "
-                    "or a later one is needed"
-                )
-            self._api_version = ".".join(map(str, min(version, NEWEST_API)))
-        return self._api_version
+        known = self._api_version
+        if known:
+            return known
+        offered = str(self._json("/version").get("ApiVersion", ""))
+        major, _, minor = offered.partition(".")
+        version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+        if version < OLDEST_API:
+            raise UnsupportedEngine(
+                f"the engine speaks API {offered or 'of no version'}; Docker 20.10 (API 1.41) or a "
+                "later one is needed"
+            )
+        known = self._api_version = ".".join(map(str, min(version, NEWEST_API)))
+        return known
 
     def forget(self) -> None:
         """Another engine, of another version, may answer next time."""
