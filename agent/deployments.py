@@ -165,6 +165,8 @@ def instance_name(module: str, digest: str, options: ScoringOptions, made: str =
         load = (*load, options.auth)
     if options.isolate:
         load = (*load, "isolate")
+    if options.clients:
+        load = (*load, options.clients)
     if made:
         load = (*load, made)
     tail = hashlib.sha256(repr(load).encode()).hexdigest()[:6]

@@ -36,6 +36,7 @@ KEYS = (
     "SCORING_CANARY_MAX_LATENCY_RATIO",
     "SCORING_CANARY_MIN_REQUESTS",
     "SCORING_AUTH",
+    "SCORING_CLIENTS",
     "SCORING_COLLECT",
 )
 
@@ -44,6 +45,7 @@ MAX_DELAY_US = 10_000_000
 MAX_TIMEOUT_MS = 3_600_000
 LAST_PRIORITY = 10
 MAX_INSTANCES = 256
+MAX_CLIENTS = 256
 MAX_THREADS = 256
 MIRROR_TOLERANCE = 0.01
 SESSION_HEADER = "x-gatelet-session"
@@ -62,6 +64,8 @@ class ScoringOptions(msgspec.Struct, frozen=True):
     `traffic` is this module's percentage of the endpoint's requests; None for the module that gets
     the remainder. `mirror`: percent of them that it gets a copy of. `sticky`: the header whose
     equal values go to one module. `model`: which one of a container's, where its label names it.
+    `isolate`: in a process of its own. `clients`: common names of the certificates that may call,
+    () for any.
     `collect` is kept as asked for; `unsupported` names the variables that ask for something this
     version does not do.
     """
@@ -84,6 +88,7 @@ class ScoringOptions(msgspec.Struct, frozen=True):
     canary: CanaryRules | None = None
     model: str = ""
     isolate: bool = False
+    clients: tuple[str, ...] = ()
 
 
 def scoring_options(spec: ModuleSpec) -> ScoringOptions:
@@ -136,6 +141,7 @@ def scoring_options(spec: ModuleSpec) -> ScoringOptions:
         canary=canary,
         model=named_model(given_labels(spec)),
         isolate=variables.flag("SCORING_ISOLATE"),
+        clients=variables.clients(),
     )
 
 
@@ -261,6 +267,18 @@ class _Variables:
         if not _DECIMAL.fullmatch(text) or not low <= float(text) <= high:
             raise self.error(name, f"a number from {low:g} to {high:g}")
         return float(text)
+
+    def clients(self) -> tuple[str, ...]:
+        text = self.text("SCORING_CLIENTS")
+        names = tuple(dict.fromkeys(word.strip() for word in text.split(","))) if text else ()
+        if len(names) > MAX_CLIENTS or not all(
+            0 < len(name) <= 64 and name.isprintable() for name in names
+        ):
+            raise self.error(
+                "SCORING_CLIENTS",
+                f"up to {MAX_CLIENTS} common names of certificates, such as 'press-7, press-8'",
+            )
+        return names
 
     def flag(self, name: str) -> bool:
         text = self.text(name).lower()

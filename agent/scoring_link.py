@@ -168,6 +168,7 @@ def _options(options: ScoringOptions) -> pb.ScoringOptions:
         priority=options.priority,
         auth=options.auth,
         isolate=options.isolate,
+        clients=options.clients,
     )
 
 

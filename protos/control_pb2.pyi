@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ScoringOptions(_message.Message):
-    __slots__ = ("backends", "max_batch", "max_delay_us", "timeout_ms", "threads", "instances", "priority", "isolate", "auth")
+    __slots__ = ("backends", "max_batch", "max_delay_us", "timeout_ms", "threads", "instances", "priority", "clients", "isolate", "auth")
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_DELAY_US_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class ScoringOptions(_message.Message):
     THREADS_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
     ISOLATE_FIELD_NUMBER: _ClassVar[int]
     AUTH_FIELD_NUMBER: _ClassVar[int]
     backends: _containers.RepeatedScalarFieldContainer[str]
@@ -25,9 +26,10 @@ class ScoringOptions(_message.Message):
     threads: int
     instances: int
     priority: int
+    clients: _containers.RepeatedScalarFieldContainer[str]
     isolate: bool
     auth: str
-    def __init__(self, backends: _Optional[_Iterable[str]] = ..., max_batch: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., threads: _Optional[int] = ..., instances: _Optional[int] = ..., priority: _Optional[int] = ..., isolate: bool = ..., auth: _Optional[str] = ...) -> None: ...
+    def __init__(self, backends: _Optional[_Iterable[str]] = ..., max_batch: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., threads: _Optional[int] = ..., instances: _Optional[int] = ..., priority: _Optional[int] = ..., clients: _Optional[_Iterable[str]] = ..., isolate: bool = ..., auth: _Optional[str] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("instance", "directory", "options", "socket", "model")

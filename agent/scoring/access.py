@@ -80,11 +80,22 @@ class Access:
         route = self._plane.table.routes.get(endpoint)
         if route is not None:
             # A plain loop: this is asked for every request.
-            for target in route.targets:  # noqa: SIM110
-                if target.instance.auth != NONE:
+            for target in route.targets:
+                if target.instance.auth != NONE or target.instance.clients:
                     return False
             return True
-        return all(self.mode(name) == NONE for name in self._concerned(endpoint))
+        return not any(map(self._asks, self._concerned(endpoint)))
+
+    def _asks(self, endpoint: str) -> bool:
+        """Whether a client has to show something there."""
+        return self.mode(endpoint) != NONE or self._clients(endpoint) is not None
+
+    def _clients(self, endpoint: str) -> frozenset[str] | None:
+        """Whose certificates every module of the endpoint takes; None where none asks for any."""
+        route = self._plane.table.routes.get(endpoint)
+        lists = [] if route is None else [target.instance.clients for target in route.targets]
+        named = [names for names in lists if names]
+        return frozenset.intersection(*named) if named else None
 
     def _concerned(self, endpoint: str) -> tuple[str, ...]:
         """The endpoints of which one must be open to a caller of `endpoint`."""
@@ -119,9 +130,12 @@ class Access:
             )
 
     def _check(self, caller: Caller, endpoints: tuple[str, ...]) -> None:
-        modes = {endpoint: self.mode(endpoint) for endpoint in endpoints}
-        needed = [mode for mode in modes.values() if mode != NONE]
-        if not needed and (endpoints or self._floor == NONE):
+        asking = [endpoint for endpoint in endpoints if self._asks(endpoint)]
+        if not asking and (endpoints or self._floor == NONE):
+            return
+        modes = {one: self.mode(one) for one in self._certified(caller, asking)}
+        if NONE in modes.values():
+            # The certificate is all that it asks for.
             return
         text = caller.authorization
         if text[: len(_BEARER)].lower() != _BEARER:
@@ -142,6 +156,22 @@ class Access:
                 if mode == KEY and self._keys.accepts(endpoint, presented):
                     return
         raise ScoringError(Code.UNAUTHENTICATED, reason)
+
+    def _certified(self, caller: Caller, endpoints: list[str]) -> list[str]:
+        """Those of `endpoints` that take the caller's certificate. Raises where none does."""
+        taking = []
+        for endpoint in endpoints:
+            clients = self._clients(endpoint)
+            if clients is None or caller.certificate in clients:
+                taking.append(endpoint)
+        if endpoints and not taking:
+            if not caller.certificate:
+                raise ScoringError(Code.UNAUTHENTICATED, "this needs a client's certificate")
+            raise ScoringError(
+                Code.PERMISSION_DENIED,
+                f"the certificate of {caller.certificate!r} is none of the endpoint's clients",
+            )
+        return taking
 
     def _by_token(self, presented: str, modes: Mapping[str, str]) -> None:
         if self._tokens is None:

@@ -87,6 +87,7 @@ class ControlService:
             priority=request.options.priority,
             auth=request.options.auth or "none",
             isolate=request.options.isolate,
+            clients=tuple(request.options.clients),
         )
         with self._loading:
             loaded = self._loaded.get(request.instance)

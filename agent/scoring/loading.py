@@ -47,7 +47,7 @@ class InstanceOptions:
     seconds. `max_batch`: 0 for model.json's where stacking requests pays, 1 for never. `slots`:
     runs at the same time, 0 for what fits the cores. `priority`: of requests that name none.
     `auth`: what clients must show: none, key or token. `isolate`: whether the CPU computes it in a
-    process of its own."""
+    process of its own. `clients`: common names of the certificates that may call, () for any."""
 
     backends: tuple[str, ...] = ()
     threads: int = 0
@@ -58,6 +58,7 @@ class InstanceOptions:
     priority: int = 0
     auth: str = "none"
     isolate: bool = False
+    clients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class Loaded:
             optional=_optional(self.model, members),
         )
         self.instance.auth = options.auth
+        self.instance.clients = frozenset(options.clients)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -49,8 +49,8 @@ class Copy:
 
 def _bytes(array: Array) -> int:
     # An array of texts holds pointers only, and they may all point to long ones.
-    texts = sum(map(len, array.flat)) if array.dtype == np.object_ else 0
-    return array.nbytes + texts
+    texts = array.ravel().tolist() if array.dtype == np.object_ else ()
+    return array.nbytes + sum(map(len, texts))
 
 
 def difference(answer: Mapping[str, Array], other: Mapping[str, Array]) -> float:

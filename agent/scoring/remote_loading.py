@@ -46,6 +46,7 @@ class LoadedRemote:
             ),
         )
         self.instance.auth = options.auth
+        self.instance.clients = frozenset(options.clients)
 
     def retry_missing(self) -> list[str]:
         """Nothing: the session connects again by itself."""

@@ -334,12 +334,16 @@ class BudgetedSession:
             except LoadError as error:
                 raise BackendUnavailable(f"it cannot be loaded again: {error}") from error
             self._loads += 1
-            if self._closed:
-                # Meanwhile: nobody else would give this one back.
-                self.close()
-                raise BackendUnavailable("the model was closed")
+            self._keep_unless_closed()
         finally:
             self._loading.release()
+
+    def _keep_unless_closed(self) -> None:
+        """Raises BackendUnavailable when it was closed while it was loaded: nobody else would give
+        back what was loaded."""
+        if self._closed:
+            self.close()
+            raise BackendUnavailable("the model was closed")
 
     def close(self) -> None:
         self._closed = True

@@ -424,6 +424,69 @@ def test_mutual_tls(tmp_path: Path, pki: Pki, transport: str) -> None:
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize("transport", ["grpcio", "http2"])
+def test_endpoints_for_some_certificates_only(tmp_path: Path, pki: Pki, transport: str) -> None:
+    model = onnx_models.scale_folder(tmp_path / "m", 2.0)
+    files = pki.server(["localhost"])
+    # grpcio asks for certificates only where it may insist on them.
+    required = transport == "grpcio"
+    settings = {
+        "tls": TlsSettings(files.certificate, files.key, pki.ca_file, required),
+        "keys_dir": str(tmp_path / "keys"),
+        "grpc_transport": transport,
+        "allow_insecure": True,
+    }
+    key = KeyStore(tmp_path / "keys").show("both").primary
+    with serve(
+        tmp_path / "s", settings=settings, address="0.0.0.0:0", http_address="0.0.0.0:0"
+    ) as site:
+        for name, options in (
+            ("press", {"clients": ["press-7", "press-8"]}),
+            ("both", {"clients": ["press-7"], "auth": "key"}),
+            ("open", {}),
+        ):
+            site.load(name, model, **options)
+            site.probe(name)
+        site.switch({name: [(name, 0, True)] for name in ("press", "both", "open")})
+        roots, target = pki.ca_file.read_bytes(), f"localhost:{site.address.rpartition(':')[2]}"
+
+        def over_grpc(endpoint: str, shown: CertificateFiles | None, bearer: str) -> int:
+            proof = (
+                (None, None)
+                if shown is None
+                else (shown.key.read_bytes(), shown.certificate.read_bytes())
+            )
+            metadata = (("authorization", f"Bearer {bearer}"),) if bearer else ()
+            with grpc.secure_channel(target, grpc.ssl_channel_credentials(roots, *proof)) as ch:
+                call = InferenceStub(ch).model_metadata
+                try:
+                    call(oip.ModelMetadataRequest(name=endpoint), 20, metadata)
+                except grpc.RpcError as error:
+                    return {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}[error.code().name]
+            return 200
+
+        def asked(endpoint: str, shown: CertificateFiles | None = None, bearer: str = "") -> int:
+            """The status, which is the same over both protocols."""
+            context = pki.client_context() if shown is None else pki.client_context(shown)
+            status = https(site, context, f"/v2/models/{endpoint}", bearer)[0]
+            assert over_grpc(endpoint, shown, bearer) == status
+            return status
+
+        seven, eight, other = (pki.device(name) for name in ("press-7", "press-8", "press-9"))
+        assert [asked("press", one) for one in (seven, eight, other)] == [200, 200, 403]
+        assert [asked("both", one) for one in (seven, eight)] == [401, 403]
+        assert [asked("both", one, key) for one in (seven, eight)] == [200, 403]
+        assert asked("open", other) == 200
+        if not required:
+            assert [asked(one, None, key) for one in ("press", "both", "open")] == [401, 401, 200]
+        # What concerns the whole server is for whoever may call an endpoint that asks.
+        stats = [
+            https(site, pki.client_context(*shown), "/v2/models/stats")[0]
+            for shown in ((seven,), (other,))
+        ]
+        assert stats == [200, 403]
+
+
 def test_broken_files_leave_the_old_certificate(tmp_path: Path, pki: Pki) -> None:
     settings = place(pki.server(["localhost"]), tmp_path / "tls")
     files = TlsFiles(settings)

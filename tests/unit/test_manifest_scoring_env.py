@@ -50,6 +50,8 @@ def test_how_a_model_runs() -> None:
     assert (options.priority, options.instances, options.threads) == (2, 3, 4)
     assert options.sticky == "x-user"
     assert not options.isolate
+    assert options.clients == ()
+    assert scoring_options(spec(CLIENTS="a, b c,a")).clients == ("a", "b c")
     assert scoring_options(spec(ISOLATE="True")).isolate
     assert not scoring_options(spec(ISOLATE="off")).isolate
     assert scoring_options(spec(STICKY="X-Gatelet-Session")).sticky == ""
@@ -93,6 +95,8 @@ def test_a_canary_begins_with_its_first_step() -> None:
         ({"PRIORITY": "11"}, "PRIORITY"),
         ({"INSTANCES": "0"}, "INSTANCES"),
         ({"ISOLATE": "maybe"}, "ISOLATE"),
+        ({"CLIENTS": "a,,b"}, "CLIENTS"),
+        ({"CLIENTS": "x" * 65}, "CLIENTS"),
     ],
 )
 def test_what_is_out_of_bounds_is_named(env: dict[str, str], variable: str) -> None:
