@@ -42,7 +42,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 typecheck: $(VENV)/dev.stamp farm
-	$(BIN)/mypy -p gatelet
+	$(BIN)/mypy -p gatelet $(shell $(BIN)/python -c "import sys; v = sys.version_info; print(f'--python-version={v[0]}.{v[1]}' if v >= (3, 12) else '')")
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

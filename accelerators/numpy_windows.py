@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -78,7 +79,8 @@ def view(x: Value, windows: Windows, fill: float) -> Value:
     pairs = list(zip(windows.kernel, windows.dilations, strict=True))
     extents = tuple((width - 1) * step + 1 for width, step in pairs)
     spatial = tuple(range(2, x.ndim))
-    seen: Value = sliding_window_view(x, extents, axis=spatial)  # type: ignore[call-overload]
+    view: Any = sliding_window_view  # its stubs differ from numpy 1 to 2
+    seen: Value = view(x, extents, axis=spatial)
     steps = (slice(None), slice(None), *(slice(None, None, s) for s in windows.strides))
     index = (*steps, *(slice(None, None, d) for d in windows.dilations))
     return seen[index]

@@ -123,7 +123,8 @@ def _array(where: str, tensor: _Tensor) -> Array:
                     f"for {tensor.datatype}"
                 )
     if dtype.kind == "f":
-        largest = float(np.finfo(dtype).max)  # type: ignore[arg-type]
+        kind: Any = dtype
+        largest = float(np.finfo(kind).max)
         for value in values:
             if not -largest <= value <= largest:
                 raise InvalidModel(f"{where}: found {value}, too large for {tensor.datatype}")

@@ -178,7 +178,8 @@ def to_values(codes: Array, element: Element, dtype: np.dtype[np.generic]) -> Ar
     if element.kind == "float" or not element.fraction:
         return codes.astype(dtype, copy=False)
     exact = codes.astype(np.float32 if element.bits <= 24 else np.float64)
-    return np.ldexp(exact, -element.fraction).astype(dtype, copy=False)
+    values: Array = np.ldexp(exact, -element.fraction).astype(dtype, copy=False)
+    return values
 
 
 def _within(values: Array, element: Element) -> bool:

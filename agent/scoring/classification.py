@@ -6,6 +6,8 @@ Extension".
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...accelerators.tensors import Array
@@ -31,7 +33,8 @@ def classify(tensor: Tensor, classes: int, *, batched: bool) -> Tensor:
     rows = array.reshape(array.shape[0], -1) if batched and array.size else array.reshape(1, -1)
     count = min(classes, rows.shape[1])
     # Stable, so that of equal values the first class comes first.
-    order = np.argsort(-_sortable(rows), axis=1, kind="stable")[:, :count]
+    keys: Any = _sortable(rows)
+    order = np.argsort(-keys, axis=1, kind="stable")[:, :count]
     named = np.empty((len(rows), count), np.object_)
     for row, indices in enumerate(order.tolist()):
         for place, index in enumerate(indices):

@@ -65,6 +65,7 @@ class Coding:
         powers = np.power(2.0, np.arange(self.element.bits))
         if self.element.signed and self.element.kind == "integer":
             powers[-1] = -powers[-1]
+        numbers: npt.NDArray[np.floating[Any]]
         if self.element.kind == "float":
             numbers = np.packbits(bits, axis=1, bitorder="little").view("<f4").astype(np.float64)
         else:

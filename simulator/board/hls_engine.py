@@ -49,9 +49,12 @@ def _numbers(raw: bytes, element: Element) -> np.ndarray[Any, np.dtype[np.float6
 
 
 def _codes(numbers: np.ndarray[Any, np.dtype[np.float64]], element: Element) -> bytes:
+    raw: bytes
     if element.kind == "float":
-        return numbers.astype(element.container).tobytes()
+        raw = numbers.astype(element.container).tobytes()
+        return raw
     codes = np.ldexp(numbers, element.fraction)
     if not np.array_equal(codes, np.rint(codes)):
         raise ValueError(f"the simulation gives values that are not of {element.name}")
-    return codes.astype(np.int64).astype(element.container).tobytes()
+    raw = codes.astype(np.int64).astype(element.container).tobytes()
+    return raw

@@ -81,7 +81,8 @@ class DenseLayer:
         zero = self.output_zero_point
         low = 0 if self.relu else -128 - zero
         rounded = np.rint(np.clip(scaled, np.float32(low), np.float32(127 - zero)))
-        return (rounded.astype(np.int32) + zero).astype(np.int8)
+        codes: npt.NDArray[np.int8] = (rounded.astype(np.int32) + zero).astype(np.int8)
+        return codes
 
 
 def check_chain(layers: Sequence[DenseLayer]) -> None:

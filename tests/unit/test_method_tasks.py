@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.config import parse_config
+from gatelet.agent.daemon_thread import in_daemon_thread
 from gatelet.agent.methods.blobs import BlobStorage, UploadFailed
 from gatelet.agent.methods.commands import CommandRefused
 from gatelet.agent.methods.operations import Operations, without_secrets
-from gatelet.agent.daemon_thread import in_daemon_thread
 from gatelet.agent.methods.tasks import TASKS_KEPT, BackgroundTasks, TaskFailed, TooBusy
 from gatelet.agent.preview import FieldChange, Preview
 from gatelet.agent.submissions import Verdict
