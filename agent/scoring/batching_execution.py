@@ -126,7 +126,6 @@ class Execution:
         self,
         inputs: Mapping[str, Array],
         outputs: Sequence[str],
-        deadline: float | None,
         requests: int,
         items: int,
     ) -> Results | None:
@@ -135,7 +134,7 @@ class Execution:
         a single one."""
         started, before = self._now(), time.perf_counter_ns()
         try:
-            results = self._execute_model(inputs, outputs, deadline, requests)
+            results = self._execute_model(inputs, outputs, None, requests)
         except ScoringError:
             if requests == 1:
                 raise

@@ -144,27 +144,30 @@ class BatchRunner(Execution):
         self,
         inputs: Mapping[str, Array],
         outputs: Sequence[str],
-        deadline: float | None,
         requests: int,
         longest: float,
     ) -> Results | None:
-        """As `serve_here` for requests that came together, stacked already, and need not wait for
-        anybody: nobody else does, and a slot is free. None: `submit` them one by one."""
+        """As `serve_here` for requests that came together in time, stacked already, and need not
+        wait for anybody: nobody else does, and a slot is free. None: `submit` them one by one."""
         items = self._items(inputs)
         with self._lock:
-            if (
-                self._closed
-                or self._queue.waiting
-                or self._running >= self.config.slots
-                or (requests > 1 and not self._may_join(items))
-                or not self._is_short(items, requests, longest)
-            ):
+            if not self.may_stack(requests, items, longest):
                 return None
             self._running += 1
         try:
-            return self.run_stacked(inputs, outputs, deadline, requests, items)
+            return self.run_stacked(inputs, outputs, requests, items)
         finally:
             self._leave()
+
+    def may_stack(self, requests: int, items: int, longest: float) -> bool:
+        """Whether `serve_stacked` would run them at this moment."""
+        return not (
+            self._closed
+            or self._queue.waiting
+            or self._running >= self.config.slots
+            or (requests > 1 and not self._may_join(items))
+            or not self._is_short(items, requests, longest)
+        )
 
     def _may_join(self, items: int) -> bool:
         """Whether requests with so many items run together without waiting for others."""

@@ -221,10 +221,18 @@ class DataPlane:
             raise
         return instance, job
 
-    def largest_batch(self, model: str) -> int:
-        """Items that its default version may run together; 1 where it is not known."""
+    def stackable(self, model: str, rows: int) -> int:
+        """How many requests with so many rows each are best stacked for `infer_stacked`."""
         route = self.table.routes.get(model)
-        return 1 if route is None else route.default.instance.batching.max_batch
+        largest = 1 if route is None else route.default.instance.batching.max_batch
+        return max(1, largest // rows)
+
+    def may_stack(self, model: str, requests: int, rows: int) -> bool:
+        """Whether `infer_stacked` is likely to answer, before anything is stacked."""
+        route = self.table.routes.get(model)
+        if route is None or route.bounds or route.mirrors:
+            return False
+        return route.default.instance.may_stack(requests, requests * rows)
 
     def infer_stacked(self, request: InferenceRequest, requests: int) -> InferenceResponse | None:
         """Several requests that arrived together and differ in their tensors' values only, stacked
@@ -237,13 +245,13 @@ class DataPlane:
             return None
         target = route.default
         instance = target.instance
-        if not instance.begin():
+        if instance.timeout is not None or not instance.begin():
             return None
         started = self._now()
         try:
             outputs = check_request(request, instance.inputs, instance.outputs, instance.optional)
             inputs = {tensor.name: tensor.array for tensor in request.inputs}
-            results = instance.serve_stacked(inputs, outputs, request.deadline, requests)
+            results = instance.serve_stacked(inputs, outputs, requests)
             return None if results is None else self._response(request, target, outputs, results)
         except ScoringError as error:
             if requests > 1:

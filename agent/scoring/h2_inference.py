@@ -203,7 +203,7 @@ class Inferences:
         """Whatever came in one turn of the loop."""
         joint, self._joint = self._joint, {}
         for plan, members in joint.items():
-            most = max(1, self._plane.largest_batch(plan.model) // plan.rows)
+            most = self._plane.stackable(plan.model, plan.rows)
             for start in range(0, len(members), most):
                 self._together(plan, members[start : start + most])
         waiting, self._waiting = self._waiting, {}
@@ -220,17 +220,21 @@ class Inferences:
             for call, message in late:
                 self._alone(plan, call, message)
             members = [one for one in members if _in_time(one[0], now)]
-        if not members:
+        number = len(members)
+        if not number:
             return
         call, message = members[0]
+        answer = None
         try:
-            if len(members) > 1:
-                request = plan.stacked([message for _, message in members])
-            else:
-                request = plan.request(message, call.deadline, call.head.headers)
-            answer = self._plane.infer_stacked(request, len(members))
+            if self._plane.may_stack(plan.model, number, plan.rows):
+                request = (
+                    plan.request(message, call.deadline, call.head.headers)
+                    if number == 1
+                    else plan.stacked([message for _, message in members])
+                )
+                answer = self._plane.infer_stacked(request, number)
             if answer is not None:
-                parts = self._answers.parts(answer, len(members))
+                parts = self._answers.parts(answer, number)
                 for (call, _), data in zip(members, parts, strict=True):
                     call.connection.answer(call, data)
                 return

@@ -285,17 +285,15 @@ class Instance:
         self._runner.serve_here(self._longest_here())
 
     def serve_stacked(
-        self,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str],
-        deadline: float | None,
-        requests: int,
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], requests: int
     ) -> dict[str, Array] | None:
         """As `BatchRunner.serve_stacked`, on this thread under the same condition."""
-        if self.timeout is not None:
-            return None
+        return self._runner.serve_stacked(inputs, outputs, requests, self._longest_here())
+
+    def may_stack(self, requests: int, items: int) -> bool:
+        """Whether stacking them is likely to be worth it."""
         longest = self._longest_here()
-        return self._runner.serve_stacked(inputs, outputs, deadline, requests, longest)
+        return self.timeout is None and self._runner.may_stack(requests, items, longest)
 
     def _longest_here(self) -> float:
         return _SHORT_SECONDS if self._members and self._members[0].prompt else 0.0
