@@ -284,11 +284,7 @@ class FabricDriver:
         return error
 
     def _wait(
-        self,
-        active: Active,
-        done: Callable[[], bool],
-        started: float,
-        deadline: float | None,
+        self, active: Active, done: Callable[[], bool], started: float, deadline: float | None
     ) -> None:
         while not self._ask(done):
             now = self._monotonic()
