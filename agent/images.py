@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..modules.errors import ImageError, RegistryUnavailable, StorageFull
 from ..modules.oci.reference import ImageRef
 from ..modules.oci.store import ContentStore
+from .clock import Clock, SystemClock
 from .config import ConfigError, RegistryConfig, read_secret
 from .daemon_thread import in_daemon_thread
 from .image_trust import ImageTrust
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from ..modules.oci.pull import PullProgress
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LEFT_SECONDS = 14 * 24 * 3600.0
+LEFT_SECONDS_WHEN_FULL = 3600.0
+"""What a pull left is kept so long for the next attempt to go on with."""
 
 
 class RegistryImages:
@@ -35,9 +42,12 @@ class RegistryImages:
         board: str | None,
         part: str | None,
         trust: ImageTrust | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """`trust` decides which images may be used; all of them when None."""
         self._store = ContentStore(folder)
+        self._clock = clock or SystemClock()
+        self._collect(LEFT_SECONDS)
         self._registries = {registry.address: registry for registry in registries}
         self._board = board
         self._part = part
@@ -80,16 +90,21 @@ class RegistryImages:
 
             ref = ImageRef.parse(image)
             with self._registry(ref.registry, credentials) as client:
-                pull_model_image(
-                    client,
-                    self._store,
-                    ref.pinned(digest),
-                    board=self._board,
-                    part=self._part,
-                    progress=progress,
-                    cancelled=cancelled.is_set,
-                    verify=lambda digest, _: self._verify(client, ref, digest),
-                )
+                try:
+                    pull_model_image(
+                        client,
+                        self._store,
+                        ref.pinned(digest),
+                        board=self._board,
+                        part=self._part,
+                        progress=progress,
+                        cancelled=cancelled.is_set,
+                        verify=lambda digest, _: self._verify(client, ref, digest),
+                    )
+                except StorageFull:
+                    self._collect(LEFT_SECONDS_WHEN_FULL)
+                    raise
+            self._collect(LEFT_SECONDS)
 
         try:
             await _in_thread(work)
@@ -145,6 +160,16 @@ class RegistryImages:
         return tuple(
             StoredView(image.digest, image.reference, image.size) for image in self._store.images()
         )
+
+    def _collect(self, seconds: float) -> None:
+        """Remove what pulls that came to nothing left, once nobody went on with it for so long."""
+        try:
+            freed = self._store.collect(before=self._clock.now().timestamp() - seconds)
+        except ImageError as error:
+            log.warning("what unfinished pulls left stays: %s", error)
+        else:
+            if freed:
+                log.info("removed %d bytes that unfinished pulls left", freed)
 
     def _registry(self, address: str, credentials: Credentials) -> RegistryClient:
         """With the device's settings for `address`, and the manifest's login when it brings one.

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import shutil
 import threading
@@ -252,8 +253,9 @@ class ContentStore:
                 "remove the image and pull it again"
             )
 
-    def collect(self, keep: Collection[str] = ()) -> int:
-        """Remove blobs and downloads that no image, lease or entry of `keep` names.
+    def collect(self, keep: Collection[str] = (), before: float = math.inf) -> int:
+        """Remove blobs and downloads that no image, lease or entry of `keep` names, and that were
+        last written before `before` (seconds since 1970).
 
         Gives the number of bytes freed. Images stay: `remove` decides about them.
         """
@@ -263,8 +265,9 @@ class ContentStore:
             names = [(path, path.name) for path in self._blobs.iterdir()]
             names += [(path, path.name.partition(".")[0]) for path in self._ingest.iterdir()]
             for path, name in names:
-                if f"sha256:{name}" not in kept:
-                    freed += path.stat().st_size
+                found = path.stat()
+                if f"sha256:{name}" not in kept and found.st_mtime < before:
+                    freed += found.st_size
                     path.unlink()
         return freed
 
