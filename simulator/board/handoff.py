@@ -66,8 +66,7 @@ class LiteCore:
 
 @dataclass(frozen=True, slots=True)
 class StreamDesign:
-    """What varies between designs. `dma_length_width` is c_sg_length_width, `dma_address_width`
-    c_addr_width, both in bits.
+    """What varies between designs. `dma_length_width` is c_sg_length_width, in bits.
 
     Without `dma` there is neither a DMA nor a stream core. A core that has registers as well is in
     `lite` under the stream core's name.
@@ -82,7 +81,6 @@ class StreamDesign:
     core_vlnv: str = "gatelet:stream:dense_network:1.0"
     dma_base: int = 0x40400000
     lite: tuple[LiteCore, ...] = ()
-    dma_address_width: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +275,6 @@ def _dma(design: StreamDesign, name: str) -> _Module:
         {
             "C_BASEADDR": f"0x{design.dma_base:08X}",
             "C_HIGHADDR": f"0x{design.dma_base + 0xFFFF:08X}",
-            "c_addr_width": str(design.dma_address_width),
             "c_include_mm2s": "1",
             "c_include_mm2s_dre": "0",
             "c_include_s2mm": "1",

@@ -202,7 +202,11 @@ def test_memory_that_cores_cannot_reach_is_refused(open_driver: Any, tmp_path: P
     )
     driver = open_driver(HIGH)
     for one, wide, narrow in (
-        (package, 'c_addr_width" VALUE="64', 'c_addr_width" VALUE="32'),
+        (
+            package,
+            '<PARAMETER NAME="c_include_mm2s"',
+            '<PARAMETER NAME="c_addr_width" VALUE="32"/><PARAMETER NAME="c_include_mm2s"',
+        ),
         (finn, 'REGISTER NAME="in0_V_2"', 'REGISTER NAME="in0_V_9"'),
     ):
         driver.load(one)
