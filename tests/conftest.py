@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # What several folders of tests share lies next to this file.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_fixture import engine as engine
 from running_device import RunningDevice
 
-# Laws are about results: on a busy machine an example may take long.
-settings.register_profile("gatelet", deadline=None)
+# Laws are about results: on a busy machine an example may take long, and so may drawing one.
+settings.register_profile("gatelet", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gatelet")
 
 
