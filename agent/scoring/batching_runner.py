@@ -129,7 +129,8 @@ class BatchRunner(Execution):
                     batch = ()
                 if not batch:
                     if not self._start_runner():
-                        self._turn.notify()
+                        # As many came together as there may be runs.
+                        self._turn.notify(max(1, self.config.slots - self._running))
                     return
                 self._running += 1
                 expired, jobs = queue.take(decision.expired), queue.take(batch)
