@@ -419,8 +419,9 @@ async def test_list_as_iotedge_prints_it(site: Any) -> None:
 async def test_top(site: Any) -> None:
     code, out, _ = await gatelet(site, "top")
     assert code == 0, "one table where there is no terminal"
-    head, _, titles, row = out.splitlines()
+    head, fabric, _, titles, row = out.splitlines()
     assert re.search(r"^edge-1: deployment \d+ good; .*agent \d+ MiB", head)
+    assert fabric.startswith("fpga: "), "this device has a board"
     assert titles.split()[:3] == ["NAME", "STATUS", "REQ/S"]
     assert row.startswith("digits  running")
     scoring = asyncio.ensure_future(site.accuracy(200))
