@@ -352,3 +352,47 @@ async def test_tritonclient_packs_and_streams(site: Site) -> None:
             assert error is None
             numbers.append(result.get_response().id)
         assert numbers == [str(number) for number in range(20)]
+
+
+def test_a_peer_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    limits = GrpcLimits(keepalive_time_ms=200, keepalive_timeout_ms=2500)
+    settings = {"grpc_transport": "http2"}
+    with (
+        serve(tmp_path / "s", limits=limits, settings=settings) as site,
+        Peer(site) as there,
+        Peer(site) as gone,
+    ):
+        for peer in (there, gone):
+            peer.call(1, b"", path=STREAM, end=0)
+        pings = 0
+        for kind, flags, _, payload in there.frames():
+            if kind == h2.PING and not flags & h2.ACK:
+                pings += 1
+                there.send(h2.frame(h2.PING, h2.ACK, 0, payload))
+                if pings == 3:
+                    break
+        # Asked as well, it said nothing, and was closed meanwhile.
+        assert gone.goodbye() == -1
+        there.send(h2.frame(h2.DATA, h2.END_STREAM, 1))
+        assert status(there.ended(1)) == 0
+
+
+def test_too_many_connections(tmp_path: Path) -> None:
+    limits, settings = HttpLimits(max_connections=2), {"grpc_transport": "http2"}
+    with serve(tmp_path / "s", http_limits=limits, settings=settings) as site:
+        site.deploy({"e": onnx_models.scale_folder(tmp_path / "m", 2.0)})
+        body = framed(request().SerializeToString())
+        with Peer(site) as busy, Peer(site) as idle:
+            busy.call(1, b"", path=STREAM, end=0)
+            busy.call(3, body)
+            assert status(busy.ended(3)) == 0
+            idle.call(1, body)
+            assert status(idle.ended(1)) == 0
+            with Peer(site) as other:
+                # The one that idles made room.
+                other.call(1, b"", path=STREAM, end=0)
+                other.call(3, body)
+                assert status(other.ended(3)) == 0
+                assert idle.goodbye() == -1
+                with Peer(site) as late:
+                    assert late.goodbye() == h2.ErrorCode.ENHANCE_YOUR_CALM
