@@ -735,7 +735,24 @@ def certificates(folder: Path) -> dict[str, Path]:
             .not_valid_before(now - datetime.timedelta(minutes=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(extension, critical=True)
+            # From Python 3.13 on a chain without them is refused.
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(
+                    (issuer_key or key).public_key()
+                ),
+                critical=False,
+            )
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
         )
+        if issuer is None:
+            words = ("digital_signature", "content_commitment", "key_encipherment")
+            words += ("data_encipherment", "key_agreement", "encipher_only", "decipher_only")
+            usage = dict.fromkeys(words, False)
+            builder = builder.add_extension(
+                x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True
+            )
         certificate = builder.sign(issuer_key or key, hashes.SHA256())
         made[name] = folder / f"{name}.pem"
         made[name].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
