@@ -254,6 +254,7 @@ class Reconciler:
         self, latest: Deployment, observed: Observed, scoring: ScoringView | None
     ) -> tuple[Goal, Plan]:
         """Plan for the goal; judging the deployment may change the goal, then plan again."""
+        self._steps.begin(latest.generation)
         while True:
             goal = choose_goal(latest, self._store.last_good())
             current = self._plan(goal, observed)

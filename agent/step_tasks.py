@@ -61,6 +61,7 @@ class StepTasks:
         self._done_at: dict[Step, float] = {}
         self.failures: dict[Step, Failure] = {}
         self.exposed = 0
+        self._newest = 0
 
     def running(self) -> tuple[Step, ...]:
         return tuple(step for step, _ in self._tasks.values())
@@ -75,6 +76,12 @@ class StepTasks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def begin(self, generation: int) -> None:
+        """The newest deployment: what could not succeed before it is tried once more for it."""
+        if generation != self._newest:
+            self._newest = generation
+            self.failures = {step: f for step, f in self.failures.items() if f.retryable}
 
     def forget(self, current: Plan) -> None:
         """Drop what belongs to steps that nobody wants any more; stop their transfers."""

@@ -833,3 +833,18 @@ def test_an_image_that_somebody_uses_is_asked_for_seldom() -> None:
         await device.until(lambda: len(device.engine.image_digests()) == 1, 2 * 3600)
 
     play(scenario)
+
+
+def test_what_stood_in_the_way_before_does_not_fail_a_new_deployment() -> None:
+    async def scenario(device: Device) -> None:
+        publish(device, V1, V2)
+        await device.good(manifest(aa=V1, bb=V1))
+        device.engine.remove("aa")
+        device.engine.create_foreign("aa", V1)
+        await device.until(lambda: status(device, "aa")[0] == "failed")
+        device.engine.rename("aa", "theirs")
+        # The same container of "aa" is wanted again, and nobody has tried it since.
+        await device.good(manifest(aa=V1, bb=V2))
+        assert device.containers()["aa"] == f"{V1} running"
+
+    play(scenario)
