@@ -56,6 +56,7 @@ class ImageHousekeeping:
         self._looked_at: float | None = None
         self._saved_at = clock.monotonic()
         self._asked_at: float | None = None
+        self._present: frozenset[str] = frozenset()
         self._disks: dict[str, Disk] = {}
 
     def bringing(self, digest: str, place: str, image: str) -> None:
@@ -85,6 +86,10 @@ class ImageHousekeeping:
                 if digest in self._known
             ]
         self._remember(here, engine, needed, passed, now)
+        present = frozenset(image.digest for image in here)
+        if present != self._present:
+            # What was free before an image went would have the next one removed as well.
+            self._present, self._asked_at = present, None
         return discard(self._known, here, needed, self._usage(engine, now), full, self._rules)
 
     def _usage(self, engine: EngineView, now: float) -> dict[str, Disk]:

@@ -231,10 +231,12 @@ async def test_split_mirror_canary_and_swap_under_load(fleet: Fleet) -> None:
         assert promoted["canary"] == {"phase": "promoted", "percent": 100, "steps": [20, 60, 100]}
         await fleet.routed(one=0, two=100)
         assert set(await load.more(200)) == {TWO}
-        reported = await fleet.device.until_reported(
-            lambda r: r["modules"].get("two", {}).get("gatelet", {}).get("canary") is not None
+        await fleet.device.until_reported(
+            lambda r: (
+                r["modules"].get("two", {}).get("gatelet", {}).get("canary", {}).get("phase")
+                == "promoted"
+            )
         )
-        assert reported["modules"]["two"]["gatelet"]["canary"]["phase"] == "promoted"
 
         # And back, as a plain swap of what the endpoint's only module runs.
         await fleet.device.until_good(fleet.desire(one={}))

@@ -133,3 +133,24 @@ def test_the_account_survives_a_restart_and_an_engine_that_is_away(tmp_path: Pat
         assert set(store.known_images()) == {"e"}
     finally:
         store.close()
+
+
+def test_one_image_goes_where_one_is_enough(tmp_path: Path) -> None:
+    class OneIsEnough:
+        free = 900
+
+        def usage(self, path: Path) -> Disk | None:
+            return Disk(10_000, self.free)
+
+    disk, away = OneIsEnough(), EngineView("down", "gone")
+    store = StateStore(tmp_path / "state.db", SystemClock())
+    try:
+        keeping = ImageHousekeeping(store, SystemClock(), RULES, disk, tmp_path)
+        stored = [StoredView(name, f"r/{name}:1", 500) for name in "abc"]
+        (first,) = keeping.look(stored, away, set(), frozenset())
+        stored = [image for image in stored if image.digest != first.digest]
+        disk.free += 500
+        # The next pass comes at once, long before the disk would be looked at again.
+        assert keeping.look(stored, away, set(), frozenset()) == ()
+    finally:
+        store.close()
