@@ -13,29 +13,28 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 from ..accelerators.notify import Notifier
 from .clock import Clock, SystemClock
-from .conditions import Condition, Start, conditions, note_starts
-from .config import AgentConfig, ConfigError, read_secret
+from .conditions import Start, conditions, note_starts
+from .config import AgentConfig, ConfigError
+from .configured import open_outbox, outbox_limits, reconcile_settings, retention_rules
 from .container_modules import DeviceContainers, boot_id, open_engine
 from .control_server import ControlServer
 from .engine import Engine
 from .hub_names import KnownHub
 from .image_housekeeping import HostDisk, ImageHousekeeping
-from .image_retention import RetentionRules
 from .image_trust import ImageTrust
 from .images import RegistryImages
+from .links import transports, upstream
 from .manifest import Manifest
 from .manifest_fetch import HttpFetch
 from .manifest_source import ManifestSource
 from .methods.operations import Operations
-from .module_spec import ModuleSpec
-from .outbox import Limits, Outbox
+from .outbox import Outbox
 from .outbox_sender import OutboxSender
 from .plan_types import Kind
 from .publish import Publisher
@@ -43,12 +42,10 @@ from .reconcile import Reconciler, ReconcileSettings, Snapshot, Verdict
 from .reported import (
     AgentVersion,
     DesiredStatus,
-    ModuleState,
     Platform,
     build_reported,
     shutdown_report,
 )
-from .restarts import RestartRules
 from .roles import board_of
 from .runtime.container import ContainerRuntime
 from .scoring_link import ScoringLink
@@ -56,9 +53,11 @@ from .status import (
     deployment_document,
     desired_status,
     fabric_state,
+    module_state,
     outcome,
     status_document,
     stuck,
+    system_module,
     telemetry_document,
 )
 from .steps import Executor, Images, Progress, ScoringControl, StepFailed
@@ -210,7 +209,7 @@ class Agent:
             links, self._source.submit, self._operations.methods(), self._link_changed, jitter
         )
         self._outbox = outbox
-        self._upstream = _upstream(config, links)
+        self._upstream = upstream(config, links)
         self._sender: OutboxSender | None = None
         self._events: LifecycleEvents | None = None
         self._telemetry: Upstream | None = None
@@ -381,11 +380,11 @@ class Agent:
                 )
             ),
             modules=[
-                _module_state(condition, specs[condition.module])
+                module_state(condition, specs[condition.module])
                 for condition in conditions(snapshot, self._starts)
             ],
-            edge_agent=_system(system.get("edgeAgent"), self._began),
-            edge_hub=_system(system.get("edgeHub"), self._began),
+            edge_agent=system_module(system.get("edgeAgent"), self._began),
+            edge_hub=system_module(system.get("edgeHub"), self._began),
             runtime=None if manifest is None else manifest.runtime,
             details=details,
         )
@@ -414,138 +413,6 @@ class Agent:
             None if self._source.awaited is None else self._source.awaited.document(),
             self._not_done(),
         )
-
-
-def reconcile_settings(config: AgentConfig) -> ReconcileSettings:
-    deployment = config.deployment
-    return ReconcileSettings(
-        deployment.probation_seconds,
-        deployment.retry_base_seconds,
-        deployment.retry_cap_seconds,
-        update_mode=deployment.update_mode,
-        startup_wait_seconds=deployment.startup_wait_seconds,
-        exits=deployment.exits,
-        healthy_deadline_seconds=deployment.healthy_deadline_seconds,
-        restarts=RestartRules(
-            deployment.restart_base_seconds,
-            deployment.restart_cap_seconds,
-            deployment.restart_limit,
-            deployment.restart_reset_seconds,
-        ),
-    )
-
-
-def retention_rules(config: AgentConfig) -> RetentionRules:
-    images = config.images
-    return RetentionRules(images.keep_days, images.min_free_percent, images.min_free_bytes)
-
-
-def outbox_limits(config: AgentConfig) -> Limits:
-    """The device's own limits, where no manifest sets others."""
-    telemetry = config.telemetry
-    return Limits(telemetry.max_size_bytes, telemetry.ttl_seconds or None)
-
-
-def open_outbox(config: AgentConfig, clock: Clock) -> Outbox:
-    return Outbox(config.device.state_dir / "outbox.db", clock, outbox_limits(config))
-
-
-def _upstream(config: AgentConfig, links: tuple[TwinTransport, ...]) -> TwinTransport | None:
-    """The link that telemetry goes over. Raises ConfigError."""
-    wanted = config.telemetry.to
-    for link in links:
-        if wanted in ("", link.name):
-            return link
-    if wanted:
-        raise ConfigError(
-            f"telemetry.to is {wanted}, but there is no [{wanted}] section: add it, or leave "
-            "telemetry.to out"
-        )
-    return None
-
-
-def transports(config: AgentConfig, known: KnownHub | None = None) -> tuple[TwinTransport, ...]:
-    """The transports that the configuration asks for; `known` learns the hub's name.
-
-    Raises ConfigError.
-    """
-    links: list[TwinTransport] = []
-    if config.iothub is not None:
-        from .identity.configured import identity_source
-        from .twin.iothub import IotHubSettings, IotHubTransport
-        from .twin.iothub_client import ignore
-
-        hub = config.iothub
-        try:
-            source = identity_source(hub, os.environ)
-            if known is not None:
-                known.begin(source)
-            settings = IotHubSettings(
-                source,
-                ca_file=hub.ca_file,
-                proxy=hub.proxy or None,
-                websockets=hub.websockets,
-                state_dir=config.device.state_dir,
-                token_lifetime=hub.token_lifetime_seconds,
-                logged_in=ignore if known is None else known.note,
-            )
-        except ValueError as error:
-            raise ConfigError(f"[iothub]: {error}") from error
-        links.append(IotHubTransport(settings))
-    if config.mqtt is not None:
-        from .twin.mqtt import MqttSettings, MqttTransport
-
-        mqtt = config.mqtt
-        links.append(
-            MqttTransport(
-                MqttSettings(
-                    host=mqtt.host,
-                    port=mqtt.port,
-                    prefix=mqtt.prefix,
-                    device_id=config.device_id,
-                    username=mqtt.username or None,
-                    password=read_secret(mqtt.password, mqtt.password_file, "mqtt.password-file")
-                    or None,
-                    ca_file=mqtt.ca_file,
-                    cert_file=mqtt.cert_file,
-                    key_file=mqtt.key_file,
-                    passphrase_file=mqtt.passphrase_file,
-                    tls=mqtt.tls,
-                )
-            )
-        )
-    return tuple(links)
-
-
-def _module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
-    details = dict(condition.details)
-    # Counters would make every report differ from the one before: they are metrics, not state.
-    for counters in ("mirror", "memory"):
-        details.pop(counters, None)
-    if "backends" in details:
-        details["backends"] = {
-            name: {key: value for key, value in backend.items() if key in ("healthy", "detail")}
-            for name, backend in details["backends"].items()
-        }
-    return ModuleState(
-        spec,
-        condition.status,
-        condition.description,
-        image_hash=condition.digest,
-        started=condition.started,
-        exited=condition.exited,
-        restarted=condition.restarted,
-        restart_count=condition.restarts,
-        exit_code=condition.exit_code,
-        details=details,
-    )
-
-
-def _system(spec: ModuleSpec | None, began: datetime) -> ModuleState | None:
-    """edgeAgent and edgeHub are this process, whatever image the manifest names for them."""
-    if spec is None:
-        return None
-    return ModuleState(spec, "running", "provided by gatelet", started=began)
 
 
 def _processes(file: Path) -> dict[str, Any]:

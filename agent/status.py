@@ -7,9 +7,11 @@ from datetime import datetime
 from typing import Any
 
 from .conditions import Condition
+from .module_spec import ModuleSpec
 from .outbox import Limits, OutboxStatus
 from .plan import Failure, describe
 from .publish import LinkState
+from .reported import ModuleState
 from .snapshot import Snapshot
 from .store_types import Deployment, Seen
 
@@ -200,3 +202,34 @@ def desired_status(
 def _time(at: datetime | None) -> str | None:
     # So fine that who waits for a restart can tell it from the one before.
     return None if at is None else at.isoformat(timespec="milliseconds")
+
+
+def module_state(condition: Condition, spec: ModuleSpec) -> ModuleState:
+    details = dict(condition.details)
+    # Counters would make every report differ from the one before: they are metrics, not state.
+    for counters in ("mirror", "memory"):
+        details.pop(counters, None)
+    if "backends" in details:
+        details["backends"] = {
+            name: {key: value for key, value in backend.items() if key in ("healthy", "detail")}
+            for name, backend in details["backends"].items()
+        }
+    return ModuleState(
+        spec,
+        condition.status,
+        condition.description,
+        image_hash=condition.digest,
+        started=condition.started,
+        exited=condition.exited,
+        restarted=condition.restarted,
+        restart_count=condition.restarts,
+        exit_code=condition.exit_code,
+        details=details,
+    )
+
+
+def system_module(spec: ModuleSpec | None, began: datetime) -> ModuleState | None:
+    """edgeAgent and edgeHub are this process, whatever image the manifest names for them."""
+    if spec is None:
+        return None
+    return ModuleState(spec, "running", "provided by gatelet", started=began)

@@ -52,7 +52,7 @@ def machine_checks(config: AgentConfig, file: Path, status: Status | None) -> li
 
 
 def configuration(config: AgentConfig, file: Path) -> Outcome:
-    from ..process import transports
+    from ..links import transports
 
     try:
         links = transports(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from gatelet.agent.config import AgentConfig, ConfigError, parse_config
-from gatelet.agent.process import transports
+from gatelet.agent.links import transports
 from gatelet.simulator.iothub.devices import ClientId
 from gatelet.simulator.pki import Pki
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from gatelet.agent.config import ConfigError, parse_config
+from gatelet.agent.configured import open_outbox, outbox_limits
 from gatelet.agent.edge_hub import EdgeHub
 from gatelet.agent.outbox import Limits, Outbox
-from gatelet.agent.process import open_outbox, outbox_limits
 from gatelet.agent.snapshot import Snapshot
 from gatelet.agent.status import telemetry_document
 from gatelet.agent.store import Deployment, StateStore
