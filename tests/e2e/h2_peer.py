@@ -38,6 +38,8 @@ class Peer:
         self.link = socket.create_connection((host, int(port)), timeout=15)
         self._buffer = b""
         self._held: list[bytes] | None = None
+        self._got: dict[int, bytes] = {}
+        self._over: set[int] = set()
         self.send(h2.PREFACE, h2.settings(settings or {}))
 
     def __enter__(self) -> Peer:
@@ -91,26 +93,24 @@ class Peer:
             self._buffer += data
 
     def ended(self, number: int) -> bytes:
-        """All the payloads of a stream, once it has ended."""
-        got = b""
-        for kind, flags, stream, payload in self.frames():
-            if stream == number and kind in (h2.DATA, h2.HEADERS):
-                got += payload
-                if flags & h2.END_STREAM:
-                    return got
-        raise AssertionError(f"closed before the end of {number}: {got!r}")
+        """All the payloads of a stream, once it has ended; what others get meanwhile is kept."""
+        return self.all_ended([number])[number]
 
     def all_ended(self, numbers: Iterable[int]) -> dict[int, bytes]:
         """`ended` of each, in whatever order they end."""
-        got = dict.fromkeys(numbers, b"")
-        left = len(got)
-        for kind, flags, stream, payload in self.frames():
-            if stream in got and kind in (h2.DATA, h2.HEADERS):
-                got[stream] += payload
-                left -= flags & h2.END_STREAM
-                if not left:
-                    return got
-        raise AssertionError(f"closed before {left} of them ended")
+        wanted = list(numbers)
+        if not self._over.issuperset(wanted):
+            for kind, flags, stream, payload in self.frames():
+                if kind not in (h2.DATA, h2.HEADERS):
+                    continue
+                self._got[stream] = self._got.get(stream, b"") + payload
+                if flags & h2.END_STREAM:
+                    self._over.add(stream)
+                    if self._over.issuperset(wanted):
+                        break
+            else:
+                raise AssertionError(f"closed before the end of {wanted}: {self._got!r}")
+        return {number: self._got[number] for number in wanted}
 
     def goodbye(self) -> int:
         """The code of GOAWAY, once the connection is closed."""
