@@ -28,6 +28,7 @@ async def test_a_killed_process_comes_back_to_the_same_deployment(
     await device.until(
         lambda s: (
             s["processes"].get(role, {}).get("pid") not in (None, old)
+            and s["modules"]  # none before the agent that is new has looked around
             and s["modules"][0]["status"] == "running"
             and s["modules"][0]["backends"]["fpga"]["healthy"]
         )
