@@ -129,7 +129,7 @@ async def test_a_container_is_listed_logged_restarted_and_explained(
         assert code == 0, err
         (container,) = engine.client.containers(filters={"label": "io.gatelet.module=talker"})
         engine.client.kill(container["Id"])
-        await device.until(lambda s: s["modules"][0]["status"] == "failed")
+        await device.until(lambda s: s["modules"] and s["modules"][0]["status"] == "failed")
         code, out, _ = await gatelet(device, "list")
         assert re.search(r"^talker +failed +Failed \(137\) .* ago ", out, re.MULTILINE), out
     finally:

@@ -227,11 +227,11 @@ async def test_what_somebody_changes_on_the_engine_is_put_right(host: ContainerD
     before = host.inspect("web")["Id"]
     await asyncio.to_thread(host.engine.client.update_container, "web", cpu_shares=512)
     await eventually(other(before, host, "web"), "made anew after docker update")
-    await host.until(lambda s: s["modules"][0]["status"] == "running")
+    await host.until(lambda s: s["modules"] and s["modules"][0]["status"] == "running")
     before = host.inspect("web")["Id"]
     await asyncio.to_thread(host.engine.client.remove_container, "web", force=True)
     await eventually(other(before, host, "web"), "made anew after docker rm")
-    await host.until(lambda s: s["modules"][0]["status"] == "running")
+    await host.until(lambda s: s["modules"] and s["modules"][0]["status"] == "running")
 
 
 async def test_a_module_that_ends_is_restarted_and_one_asked_for_too(host: ContainerDevice) -> None:
@@ -277,10 +277,10 @@ async def test_an_engine_that_goes_away_is_said_and_comes_back(host: ContainerDe
     await host.until_good(host.desire(content(web=image.name)))
     with_engine = host.engine.stopped()
     await asyncio.to_thread(with_engine.__enter__)
-    status = await host.until(lambda s: s["modules"][0]["status"] == "backoff")
+    status = await host.until(lambda s: s["modules"] and s["modules"][0]["status"] == "backoff")
     assert "engine does not answer" in status["modules"][0]["description"]
     await asyncio.to_thread(with_engine.__exit__, None, None, None)
-    await host.until(lambda s: s["modules"][0]["status"] == "running")
+    await host.until(lambda s: s["modules"] and s["modules"][0]["status"] == "running")
     assert host.inspect("web")["State"]["Running"]
 
 
