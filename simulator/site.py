@@ -139,6 +139,7 @@ class Site:
                 text = agent_config(self._settings, self.describe(), BOARD_DEVICE)
                 _write_private(self._settings.folder / "agent.toml", text)
         except BaseException:
+            # What has started is stopped, also when starting is cancelled. It is raised again.
             await self.stop()
             raise
 

@@ -215,6 +215,7 @@ class FabricClient:
         try:
             return self._connect()
         except BaseException:
+            # The place in the pool is free again, whatever ended the attempt; it is raised again.
             self._give(None)
             raise
 

@@ -52,6 +52,7 @@ class Sockets(weakref.WeakSet[socket.socket]):
             if self.aborted:
                 raise ConnectionAbortedError("no longer wanted")
         except BaseException:
+            # Nobody else has this socket yet. Whatever it was is raised again.
             peer.close()
             raise
         return peer

@@ -94,6 +94,7 @@ class RemoteSession:
             self.metadata = self._describe()
             _check_datatypes(self.metadata, self._where)
         except BaseException:
+            # Nobody gets this object, so nobody else would close it. It is raised again.
             self._channel.close()
             raise
         self._outputs = {spec.name: spec for spec in self.metadata.outputs}

@@ -137,6 +137,7 @@ class Residency:
             session = open_()
             grown = self._measure() - before
         except BaseException:
+            # Others wait for this load to end, however it does. It is raised again.
             with self._lock:
                 self._loading = False
                 self._freed.notify_all()

@@ -166,6 +166,7 @@ class IotHubTransport:
         try:
             await link.open()
         except BaseException:
+            # Also a cancellation: a half open link has threads of the SDK. It is raised again.
             await self._close(link)
             raise
         return link

@@ -60,6 +60,7 @@ class PahoConnection:
                 raise ConnectFailed(f"{where} did not answer within {timeout:g} s")
             opening.result()
         except BaseException:
+            # Also a cancellation: the attempt must not end in a connection that nobody knows.
             opening.cancel()
             await asyncio.wait({opening})
             self.drop("gave up connecting")
@@ -210,6 +211,7 @@ class PahoConnection:
         try:
             await done
         except BaseException:
+            # Nobody waits for the thread any more. Whatever it was is raised again.
             with lock:
                 abandoned = True
                 # The thread may have finished just before: then the socket is ours to close.

@@ -45,6 +45,7 @@ class Ingest:
             if self.offset > self._size:
                 self.restart()
         except BaseException:
+            # Without __enter__'s end there is no __exit__. Whatever it was is raised again.
             self._file.close()
             raise
         self.resumed = self.offset

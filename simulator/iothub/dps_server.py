@@ -142,6 +142,7 @@ class Provisioning:
             await self._rest.setup()
             await web.TCPSite(self._rest, _LOOPBACK, 0, ssl_context=context).start()
         except BaseException:
+            # What has started is stopped, also when starting is cancelled. It is raised again.
             await self.stop()
             raise
 

@@ -192,6 +192,7 @@ class IotHub:
             await self._start_rest()
             await self._start_https()
         except BaseException:
+            # What has started is stopped, also when starting is cancelled. It is raised again.
             await self.stop()
             raise
 

@@ -101,6 +101,7 @@ class EdgeDevice:
                 await web.UnixSite(self._runner, path).start()
                 path.chmod(0o600)
         except BaseException:
+            # What has started is stopped, also when starting is cancelled. It is raised again.
             await self.stop()
             raise
 
