@@ -43,8 +43,8 @@ from gatelet.modules.oci.manifest import (
 from gatelet.modules.oci.push import push_image
 from gatelet.modules.oci.reference import ImageRef
 from gatelet.modules.oci.transport import RegistrySettings
+from required import SEARCHED, program, unavailable
 
-PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 USER, PASSWORD = "device", "s3cret:pw"
 # bcrypt of PASSWORD.
 HTPASSWD = f"{USER}:$2y$05$abcdefghijklmnopqrstuugx1ANyULq/LMrIVpiIGARw82GmA9Dae\n"
@@ -148,13 +148,6 @@ class PushedImage:
     digest: str
 
 
-def unavailable(message: str) -> None:
-    """Skip; fail where CI promises that everything is there."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
 class DistributionServer:
     """docker-registry on a port of its own; the port stays over `stop` and `start`."""
 
@@ -197,7 +190,7 @@ class DistributionServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={"PATH": PATH, "OTEL_TRACES_EXPORTER": "none"},
+            env={"PATH": SEARCHED, "OTEL_TRACES_EXPORTER": "none"},
         )
         lines: queue.Queue[str | None] = queue.Queue()
         stream = self._process.stderr
@@ -269,7 +262,7 @@ class Engine:
                 stdout=log,
                 stderr=log,
                 # Neither a proxy nor somebody's settings and credentials.
-                env={"PATH": PATH, "HOME": str(folder), "DOCKER_CONFIG": str(folder)},
+                env={"PATH": SEARCHED, "HOME": str(folder), "DOCKER_CONFIG": str(folder)},
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
@@ -309,7 +302,7 @@ class Engine:
         for registry in self._registries:
             registry.stop()
         for mount in reversed(self._mounts()):
-            subprocess.run(["umount", "-l", mount], env={"PATH": PATH}, check=False)
+            subprocess.run(["umount", "-l", mount], env={"PATH": SEARCHED}, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def make_sure(self) -> None:
@@ -418,7 +411,7 @@ class Engine:
         subprocess.run(
             ["cc", "-O1", "-static", "-s", "-o", binary, source],
             check=True,
-            env={"PATH": PATH},
+            env={"PATH": SEARCHED},
         )
         return binary
 
@@ -448,13 +441,13 @@ def _mount_cgroups() -> None:
 
     def mount(*arguments: str) -> bool:
         command = ["mount", "-t", *arguments]
-        return subprocess.run(command, env={"PATH": PATH}, check=False).returncode == 0
+        return subprocess.run(command, env={"PATH": SEARCHED}, check=False).returncode == 0
 
     if mount("cgroup2", "cgroup2", str(root)):
         if (root / "cgroup.controllers").read_text().split():
             return
         # The kernel's first version has the controllers.
-        subprocess.run(["umount", root], env={"PATH": PATH}, check=False)
+        subprocess.run(["umount", root], env={"PATH": SEARCHED}, check=False)
     if not mount("tmpfs", "cgroup", str(root)):
         return
     for line in Path("/proc/cgroups").read_text().splitlines()[1:]:
@@ -528,8 +521,7 @@ def engine() -> Iterator[Engine]:
     """A running engine of our own; skips where dockerd or docker-registry is missing."""
     tools = {"dockerd": "docker.io", "docker-registry": "docker-registry", "cc": "gcc"}
     for tool, package in tools.items():
-        if shutil.which(tool, path=PATH) is None:
-            unavailable(f"needs {tool} (apt-get install {package})")
+        program(tool, package)
     if os.geteuid() != 0:
         unavailable("needs root: dockerd makes mounts and control groups")
     # Not below pytest's folder: the engine's sockets have a limit of 108 bytes.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from gatelet.protos import open_inference_pb2 as oip
 from gatelet.protos.inference import InferenceStub
+from required import in_ci, unavailable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -33,7 +33,7 @@ BUILD = {"mlp": onnx_models.mlp, "cnn": onnx_models.cnn}
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Running]]:
     ready = (scoring_servers.VENVS / "mlserver" / "complete").exists()
-    if not ready and os.environ.get("CI") != "true":
+    if not ready and not in_ci():
         pytest.skip("no environment with MLServer; CI makes one, and so does bench_scoring.py")
     folder = tmp_path_factory.mktemp("servers")
     models = {
@@ -56,9 +56,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
         ):
             yield other, ours
     except NotAvailable as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"MLServer: {error}")
-        pytest.skip(f"MLServer: {error}")
+        unavailable(f"MLServer: {error}")
 
 
 def grpc_request(model: str, x: Any, *, raw: bool = True) -> oip.ModelInferRequest:

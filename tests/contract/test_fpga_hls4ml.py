@@ -28,6 +28,7 @@ from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.boards import simulated_board
 from gatelet.simulator.board.engines import LIBRARIES_VARIABLE
 from gatelet.simulator.board.vendor_packages import write_hls4ml_bitstream
+from required import program, unavailable
 
 # Four C++ projects are compiled first.
 pytestmark = pytest.mark.timeout(500)
@@ -89,14 +90,9 @@ class Project:
     library: Path
 
 
-def needs(tool: str) -> None:
-    if shutil.which(tool) is None and os.environ.get("CI") != "true":
-        pytest.skip(f"{tool} not installed")
-
-
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Project]:
-    needs("g++")
+    program("g++")
     root = tmp_path_factory.mktemp("hls4ml")
     # A folder of its own, found first: hls4ml needs a numpy that pynq cannot work with.
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile"]
@@ -105,9 +101,7 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Project]:
         capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        if os.environ.get("CI") == "true":
-            pytest.fail(done.stderr[-2000:])
-        pytest.skip(f"{RELEASE} does not install: {done.stderr[-200:]}")
+        unavailable(f"{RELEASE} does not install: {done.stderr[-2000:]}")
 
     def make(case: Case) -> Project:
         folder = root / case.name

@@ -20,9 +20,8 @@ from gatelet.agent.twin.transport import Desired, MethodResult, TransportUnavail
 from gatelet.simulator.mqtt.access import Grant
 from gatelet.simulator.mqtt.broker import Broker
 from gatelet.simulator.pki import Pki
+from required import program
 
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-MOSQUITTO_PUB = shutil.which("mosquitto_pub")
 PREFIX = "gatelet/v1"
 
 
@@ -85,8 +84,9 @@ class Bench:
     async def deploy(self, version: int) -> None:
         """Somebody else with edge-1's certificate of another client id."""
         made = self.pki.device("edge-1", version=99)
+        publisher = program("mosquitto_pub", "mosquitto-clients")
         process = await asyncio.create_subprocess_exec(
-            *(str(MOSQUITTO_PUB), "-h", "127.0.0.1", "-p", str(self.port), "-i", "operator"),
+            *(publisher, "-h", "127.0.0.1", "-p", str(self.port), "-i", "operator"),
             *("--cafile", str(self.pki.ca_file), "--cert", str(made.certificate)),
             *("--key", str(made.key), "-q", "1", "-r", "-t", f"{PREFIX}/edge-1/desired"),
             *("-m", f'{{"$version":{version}}}'),
@@ -116,7 +116,7 @@ async def mosquitto(folder: Path, pki: Pki) -> AsyncIterator[int]:
         "require_certificate true\nuse_identity_as_username true\n"
         f"acl_file {folder / 'acl'}\n"
     )
-    process = await asyncio.create_subprocess_exec(str(MOSQUITTO), "-c", str(config))
+    process = await asyncio.create_subprocess_exec(program("mosquitto"), "-c", str(config))
 
     def listens() -> bool:
         assert process.returncode is None, "mosquitto ended at once"
@@ -134,11 +134,8 @@ async def mosquitto(folder: Path, pki: Pki) -> AsyncIterator[int]:
 
 @pytest.fixture(params=["ours", "mosquitto"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
-    if MOSQUITTO is None or MOSQUITTO_PUB is None:
-        reason = "mosquitto is not installed (apt-get install mosquitto mosquitto-clients)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    program("mosquitto")
+    program("mosquitto_pub", "mosquitto-clients")
     pki = Pki(tmp_path / "pki")
     if request.param == "mosquitto":
         async with mosquitto(tmp_path, pki) as port:

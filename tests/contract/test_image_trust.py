@@ -40,6 +40,7 @@ from gatelet.modules.oci.reference import ImageRef
 from gatelet.modules.oci.signatures import signature_tag
 from gatelet.modules.oci.store import ContentStore
 from gatelet.simulator.registry import Registry
+from required import program
 
 MODEL = {
     "name": "digits",
@@ -79,12 +80,7 @@ def simulated(folder: Path) -> Iterator[Served]:
 
 @contextmanager
 def distribution(folder: Path) -> Iterator[Served]:
-    binary = shutil.which("docker-registry")
-    if binary is None:
-        message = "needs docker-registry (apt-get install docker-registry)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
+    binary = program("docker-registry")
     config = {
         "version": "0.1",
         "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},

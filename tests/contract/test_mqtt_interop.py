@@ -13,7 +13,6 @@ import errno
 import gc
 import importlib
 import json
-import os
 import shutil
 import socket
 import ssl
@@ -34,8 +33,8 @@ from gatelet.simulator.mqtt.connection import Limits
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
+from required import program
 
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 P = "gatelet/v1/edge-1"
 
 # paho leaves the sockets that wake its thread open when it connects again, and a handshake may be
@@ -59,11 +58,7 @@ async def until(condition: Callable[[], Any], what: str = "", seconds: float = 1
 
 @contextlib.asynccontextmanager
 async def mosquitto(folder: Path) -> AsyncIterator[int]:
-    if MOSQUITTO is None:
-        reason = "mosquitto is not installed (apt-get install mosquitto)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    binary = program("mosquitto")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -71,7 +66,7 @@ async def mosquitto(folder: Path) -> AsyncIterator[int]:
     config.write_text(
         f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nlog_dest none\n"
     )
-    process = await asyncio.create_subprocess_exec(MOSQUITTO, "-c", str(config))
+    process = await asyncio.create_subprocess_exec(binary, "-c", str(config))
 
     def listens() -> bool:
         assert process.returncode is None, "mosquitto ended at once"

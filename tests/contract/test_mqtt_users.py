@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ipaddress
-import os
-import shutil
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,8 +31,8 @@ from gatelet.simulator.mqtt.packets import (
     Subscription,
     Will,
 )
+from required import program
 
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 OWN = [Grant("devices/%u/#")]
 
 
@@ -208,13 +206,8 @@ async def test_publishing_to_other_devices_reaches_nobody() -> None:
 
 
 async def test_mosquitto_clients_with_certificates_and_grants(pki: Path, tmp_path: Path) -> None:
-    publish = shutil.which("mosquitto_pub", path=PATH)
-    subscribe = shutil.which("mosquitto_sub", path=PATH)
-    if publish is None or subscribe is None:
-        reason = "mosquitto's clients are not installed (apt-get install mosquitto-clients)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    publish = program("mosquitto_pub", "mosquitto-clients")
+    subscribe = program("mosquitto_sub", "mosquitto-clients")
 
     def arguments(user: str, version: str) -> list[str]:
         return [

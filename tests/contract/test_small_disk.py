@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from container_world import Scoring, manifest
-from engine_fixture import PATH, Engine, unavailable
+from engine_fixture import Engine
 from gatelet.agent import image_housekeeping
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.conditions import conditions
@@ -39,6 +39,7 @@ from gatelet.modules.oci.push import push_image
 from gatelet.modules.oci.reference import ImageRef
 from gatelet.modules.oci.transport import RegistrySettings
 from gatelet.simulator.registry import Registry
+from required import SEARCHED, unavailable
 
 MB = 1 << 20
 SECONDS = 60.0
@@ -57,7 +58,7 @@ class SmallDisk:
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "gatelet-test", path]
-        made = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True)
+        made = subprocess.run(command, env={"PATH": SEARCHED}, capture_output=True, text=True)
         if made.returncode != 0:
             unavailable(f"needs to mount a file system: {made.stderr.strip()}")
 
@@ -76,7 +77,7 @@ class SmallDisk:
         (self.path / "fill").unlink(missing_ok=True)
 
     def unmount(self) -> None:
-        subprocess.run(["umount", "-l", self.path], env={"PATH": PATH}, check=False)
+        subprocess.run(["umount", "-l", self.path], env={"PATH": SEARCHED}, check=False)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import time
 import zipfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from required import needs
 
 pytestmark = [
     pytest.mark.e2e,
@@ -262,10 +262,7 @@ async def test_a_restart_serves_on_and_repeats_harmlessly(
     assert "systemctl" in answer["message"]
 
 
-@pytest.mark.skipif(
-    shutil.which("mosquitto_rr") is None and not os.environ.get("CI"),
-    reason="mosquitto_rr is not installed (apt install mosquitto-clients)",
-)
+@needs("mosquitto_rr", package="mosquitto-clients")
 async def test_the_same_methods_over_mqtt(site: Any) -> None:
     about = site.site.describe()["broker"]
     topics = "gatelet/v1/edge-1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from gatelet.simulator.board.vendor_packages import (
     write_rtl_package,
 )
 from gatelet.simulator.demo.dataset import load_heldout, model_directory
+from required import program, unavailable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from finn_networks import mlp
@@ -62,11 +62,6 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LIBRARIES_VARIABLE, str(folder))
         yield folder
-
-
-def needs(reason: str | None) -> None:
-    if reason and os.environ.get("CI") != "true":
-        pytest.skip(reason)
 
 
 def describe(directory: Path, kind: str, inputs: list[Any], outputs: list[Any]) -> None:
@@ -137,7 +132,7 @@ async def tells_of_its_fabric(device: Any, loaded: str) -> None:
 async def test_an_hls4ml_package(
     shared_device: Any, make_deployment: Deployment, tmp_path: Path, libraries: Path
 ) -> None:
-    needs(None if shutil.which("gcc") else "gcc not installed")
+    program("gcc")
     library = libraries / "net.so"
     (tmp_path / "net.c").write_text(SIMULATION)
     subprocess.run(
@@ -169,7 +164,8 @@ async def test_an_hls4ml_package(
 async def test_gatelets_own_core(
     shared_device: Any, make_deployment: Deployment, tmp_path: Path
 ) -> None:
-    needs(missing_tools())
+    if problem := missing_tools():
+        unavailable(problem)
     source = model_directory("v3")
     model = source / "onnx/model.onnx"
     compiled = await asyncio.to_thread(

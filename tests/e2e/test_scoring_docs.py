@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from required import needs
 
 from ..bench import onnx_models
 from ..bench.scoring_site import serve
@@ -24,9 +22,7 @@ def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 3
 
 
-@pytest.mark.skipif(
-    shutil.which("curl") is None and os.environ.get("CI") != "true", reason="curl is not installed"
-)
+@needs("curl")
 def test_curl_examples(tmp_path: Path) -> None:
     with serve(tmp_path / "s") as site:
         site.deploy({"my-model": onnx_models.scale_folder(tmp_path / "m", 2.0)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import random
-import shutil
 import socket
 import subprocess
 import threading
@@ -25,6 +24,7 @@ from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.agent.scoring.h2_headers import literals
 from gatelet.protos.inference import InferenceStub
+from required import program
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site, serve
@@ -242,11 +242,7 @@ def test_random_and_mutated_bytes(site: Site) -> None:
 
 def test_curl_and_h2load(site: Site, tmp_path: Path) -> None:
     for tool, package in (("curl", "curl"), ("h2load", "nghttp2-client")):
-        if shutil.which(tool) is None:
-            message = f"{tool} is not installed (Debian: {package})"
-            if os.environ.get("CI") == "true":
-                pytest.fail(message)
-            pytest.skip(message)
+        program(tool, package)
     body = tmp_path / "body"
     body.write_bytes(framed(request().SerializeToString()))
     url = f"http://{site.address}{INFER}"

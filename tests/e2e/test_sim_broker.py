@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -32,14 +31,12 @@ from gatelet.simulator.site_config import (
     SiteSettings,
     parse_settings,
 )
+from required import needs
 
 pytestmark = pytest.mark.e2e
 GATELET = (sys.executable, "-m", "gatelet.agent.main")
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-needs_mosquitto = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not shutil.which("mosquitto_pub"),
-    reason="needs mosquitto's clients (apt-get install mosquitto-clients)",
-)
+needs_mosquitto = needs("mosquitto_pub", package="mosquitto-clients")
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from gatelet.simulator.site_config import parse_settings
+from required import needs
 
 pytestmark = pytest.mark.e2e
 
@@ -140,9 +140,7 @@ def test_the_plugin_costs_nothing_until_it_is_used(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not shutil.which("curl"), reason="needs curl"
-)
+@needs("curl")
 def test_the_shell_example(tmp_path: Path) -> None:
     (script,) = blocks("sh")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -19,14 +18,11 @@ from gatelet.simulator.background import BackgroundLoop
 from gatelet.simulator.iothub.devices import ClientId
 from gatelet.simulator.iothub.server import IotHub
 from gatelet.simulator.pki import Pki
+from required import needs
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(
-        os.environ.get("CI") != "true"
-        and not (shutil.which("chromedriver") and shutil.which("chromium")),
-        reason="needs Debian's chromium and chromium-driver",
-    ),
+    needs("chromium", "chromedriver", package="chromium chromium-driver"),
 ]
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"

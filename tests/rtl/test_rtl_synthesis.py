@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 
 import pytest
 from gatelet.accelerators.rtl import PRESETS
 from gatelet.accelerators.rtl.config import TOP, VERILOG, verilog_sources
+from required import program
 
 SCRIPTS = VERILOG.parent / "tcl"
 
 
 @pytest.mark.parametrize("board", sorted(PRESETS))
 def test_yosys_elaborates_the_core_without_a_complaint(board: str) -> None:
-    if shutil.which("yosys") is None and os.environ.get("CI") != "true":
-        pytest.skip("yosys not installed")
+    program("yosys")
     sizes = PRESETS[board].verilog_parameters
     commands = [
         *(f"read_verilog {source}" for source in verilog_sources()),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import os
-import shutil
 import socketserver
 import sys
 import threading
@@ -32,6 +30,7 @@ from gatelet.agent.identity.sources import (
 from gatelet.simulator.pki import Pki
 from hypothesis import given
 from hypothesis import strategies as st
+from required import needs
 
 SECRET = bytes(range(32))
 KEY = base64.b64encode(SECRET).decode()
@@ -185,10 +184,7 @@ def test_stamps_see_replaced_files(tmp_path: Path) -> None:
     assert len({absent, first, certificates.stamp([file])}) == 3
 
 
-@pytest.mark.skipif(
-    os.environ.get("CI") != "true" and shutil.which("openssl") is None,
-    reason="needs the openssl command",
-)
+@needs("openssl")
 def test_the_documented_program(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "identity.md").read_text(encoding="utf-8")
     script = text.split("```sh\n")[1].split("```")[0]

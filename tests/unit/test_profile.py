@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -24,6 +22,7 @@ from gatelet.modules.oci.build import build_model_image
 from gatelet.modules.oci.layout import open_layout
 from hypothesis import given
 from hypothesis import strategies as st
+from required import needs
 
 from ..bench import onnx_models
 from ..bench.scoring_site import serve
@@ -172,9 +171,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-@pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not shutil.which("chromium"), reason="needs chromium"
-)
+@needs("chromium")
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_fits_phones_and_desks(tmp_path: Path, width: int) -> None:
     points = [point(batch=n, rate=1e5 / n) for n in (1, 2, 4, 64)]

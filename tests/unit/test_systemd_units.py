@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from gatelet.accelerators.notify import Notifier
+from required import program
 
 UNITS = Path(__file__).resolve().parents[2] / "packaging" / "systemd"
 SERVICES = sorted(UNITS.glob("*.service"))
@@ -24,12 +24,7 @@ EXPOSURE = {"gatelet-agent": 15, "gatelet-scoring": 16, "gatelet-fabric": 22}
 
 @pytest.fixture
 def analyze() -> str:
-    found = shutil.which("systemd-analyze")
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail("systemd-analyze is missing: apt-get install systemd")
-        pytest.skip("needs systemd-analyze (apt-get install systemd)")
-    return found
+    return program("systemd-analyze", "systemd")
 
 
 def test_the_units_are_valid(analyze: str, tmp_path: Path) -> None:
