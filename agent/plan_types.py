@@ -53,6 +53,18 @@ class WantedModule:
         """Whether requests may be routed to it; unknown, so possible, before it was resolved."""
         return self.kind != "container"
 
+    def runs_as(self, other: WantedModule | None) -> bool:
+        """Whether it is the very same as `other` of another deployment, as far as what runs goes.
+
+        The digests tell containers apart that this device refuses.
+        """
+        return (
+            other is not None
+            and self.digest is not None
+            and (self.running, self.digest, self.container, self.instance)
+            == (other.running, other.digest, other.container, other.instance)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -362,7 +374,9 @@ class Plan:
     `settled`: every wanted module is at its goal and routed, and nothing else runs or serves.
     `at_goal` names the wanted modules that are as they shall be: running and healthy, ended as
     they may, or stopped. `waits` says of modules that could go on why they do not. `wake_at` is
-    when time alone changes the plan (monotonic), None if it does not.
+    when time alone changes the plan (monotonic), None if it does not. `fatal` is the first of
+    `blocked` that no further attempt can heal, unless it concerns what the deployment to fall back
+    to runs just so: to go back would not heal it.
     """
 
     steps: tuple[Step, ...]
@@ -371,3 +385,4 @@ class Plan:
     at_goal: frozenset[str] = frozenset()
     waits: tuple[tuple[str, str], ...] = ()
     wake_at: float | None = None
+    fatal: Failure | None = None

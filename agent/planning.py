@@ -77,10 +77,11 @@ class Planning:
         # Until all images are here, nothing that serves now is changed.
         self.frozen = wanted.update_mode == "WaitForAllPulls" and bool(self.missing)
         # What is no longer wanted goes when it is certain that the new deployment can begin.
-        refused = any(module.refused for module in self.running)
+        refused = any(module.refused and not self._is_old(module) for module in self.running)
         self.holding = self.frozen or (fallback is not None and (bool(self.missing) or refused))
         self.at_goal = frozenset(m.name for m in wanted.modules if self._at_goal(m))
         self.steps: list[Step] = []
+        self.old_steps: set[Step] = set()
         self.stopped_by: list[Failure] = []
         self.waits: dict[str, str] = {}
         self.times: list[float] = []
@@ -116,24 +117,33 @@ class Planning:
         # What is tried although it cannot succeed as things are stays a reason meanwhile.
         lost = [f for f in held if not f.retryable and f not in waiting]
         self.times += [f.retry_at for f in waiting if not f.retryable and self._tries_again(f)]
+        blocked = (*self.stopped_by, *waiting, *lost)
+        fatal = (f for f in blocked if not f.retryable and f.step not in self.old_steps)
         return Plan(
             tuple(step for step in self.steps if step not in later),
-            (*self.stopped_by, *waiting, *lost),
+            blocked,
             settled,
             self.at_goal,
             tuple(sorted(self.waits.items())),
             min(self.times, default=None),
+            next(fatal, None),
         )
 
     def _tries_again(self, failure: Failure) -> bool:
         # A model that does not load may take the scoring process with it: that is left alone.
-        lasting = self.history.proven and not isinstance(failure.step, (Load, Probe))
-        return failure.retryable or lasting
+        proven = self.history.proven or failure.step in self.old_steps
+        return failure.retryable or (proven and not isinstance(failure.step, (Load, Probe)))
 
-    def _add(self, step: Step | None) -> None:
-        """One step per subject: the first one that was found."""
+    def _is_old(self, module: WantedModule) -> bool:
+        """Whether the last good deployment runs it just so."""
+        return module.runs_as(self.old.get(module.name))
+
+    def _add(self, step: Step | None, module: WantedModule | None = None) -> None:
+        """One step per subject: the first one that was found. `module`: what it is to bring on."""
         if step is not None and subject(step) not in map(subject, self.steps):
             self.steps.append(step)
+            if module is not None and self._is_old(module):
+                self.old_steps.add(step)
 
     # -- images --------------------------------------------------------------------------------
 
@@ -150,10 +160,13 @@ class Planning:
             trouble = self._trouble(module)
             if trouble is not None:
                 self.stopped_by.append(trouble)
+                if self._is_old(module):
+                    self.old_steps.add(trouble.step)
                 return
         if module.name in self.missing:
             self._add(
-                Pull(module.name, module.image, module.digest, module.kind, not module.may_pull)
+                Pull(module.name, module.image, module.digest, module.kind, not module.may_pull),
+                module,
             )
 
     def _trouble(self, module: WantedModule) -> Failure | None:
@@ -236,7 +249,7 @@ class Planning:
             self.times.append(move.wake_at)
         if move.step is None or (move.fresh and self._waits(module)):
             return False
-        self._add(move.step)
+        self._add(move.step, module)
         return True
 
     def _waits(self, module: WantedModule) -> bool:
@@ -297,7 +310,7 @@ class Planning:
                 return
             if self._waits(module):
                 return
-        self._add(step)
+        self._add(step, module)
 
     def _instance_step(self, module: WantedModule) -> Step | None:
         if module.contained:
@@ -325,7 +338,7 @@ class Planning:
             )
         ]
         for module in kept:
-            self._add(self._instance_step(module))
+            self._add(self._instance_step(module), module)
         return kept
 
     def _announce(self) -> None:

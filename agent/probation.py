@@ -150,13 +150,7 @@ def changed(wanted: Wanted, fallback: Wanted | None) -> list[WantedModule]:
     return [
         module
         for module in wanted.modules
-        if module.running
-        and (
-            module.name not in old
-            or not old[module.name].running
-            or (module.container, module.instance)
-            != (old[module.name].container, old[module.name].instance)
-        )
+        if module.running and not module.runs_as(old.get(module.name))
     ]
 
 
@@ -211,11 +205,6 @@ def deadlines(watched: Probation, wanted: Wanted, rules: ProbationRules, now: fl
     if watched.settled_since is not None:
         times.append(good_at(watched, wanted, rules))
     return [time for time in times if time > now]
-
-
-def fatal_failure(plan: Plan) -> Failure | None:
-    """The first failure of the plan that no further attempt can heal."""
-    return next((failure for failure in plan.blocked if not failure.retryable), None)
 
 
 def given_up(failures: Mapping[Step, Failure]) -> dict[Step, Failure]:

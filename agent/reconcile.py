@@ -38,7 +38,6 @@ from .preview import Preview, compare, steps_of
 from .probation import (
     Probation,
     deadlines,
-    fatal_failure,
     given_up,
     judge,
     watch,
@@ -279,7 +278,7 @@ class Reconciler:
         deployment = goal.wanted
         if goal.rolled_back or deployment.phase not in ("applying", "probation"):
             return deployment.phase, deployment.description
-        fatal = fatal_failure(current)
+        fatal = current.fatal
         if fatal is not None:
             return "failed", f"{describe(fatal.step)}: {fatal.message}"
         now = self._clock.monotonic()
