@@ -26,11 +26,12 @@ def whole(call: Call, calls: Calls, data: bytes | memoryview) -> None:
     check_size(length, calls.limits.max_message_bytes)
     if length != len(data) - 5:
         raise Failed(INTERNAL, "the call takes one whole message")
-    call.working = True
     if data[0] == 0:
+        call.working = True
         calls.serve(call, data[5:])
     else:
         check_compressed(data[0], call.head)
+        call.working = True
         calls.unpack(call, bytes(data[5:]))
 
 

@@ -335,6 +335,34 @@ def test_large_requests_and_answers_are_given_back(site: Site) -> None:
     until(lambda: buffered(site) == 0)
 
 
+@pytest.mark.parametrize(
+    ("body", "more", "path", "expected"),
+    [
+        (framed(b"packed", 1), (), INFER, 13),
+        (framed(b"packed", 7), ((b"grpc-encoding", b"gzip"),), INFER, 13),
+        (framed(b"packed", 1), ((b"grpc-encoding", b"gzip"),), INFER, 13),
+        (framed(b"packed", 1), (), STREAM, 13),
+        (framed(b"packed")[:-1], (), INFER, 13),
+    ],
+)
+def test_calls_that_fail_make_room_for_others(
+    tmp_path: Path, body: bytes, more: Sequence[tuple[bytes, bytes]], path: str, expected: int
+) -> None:
+    limits, settings = GrpcLimits(max_concurrent_rpcs=2), {"grpc_transport": "http2"}
+    with serve(tmp_path / "s", limits=limits, settings=settings) as site, Peer(site) as peer:
+        for number in (1, 3):
+            peer.call(number, body, *more, path=path)
+        assert {status(answer) for answer in peer.all_ended((1, 3)).values()} == {expected}
+
+        def is_taken(number: int) -> bool:
+            peer.call(number, framed(request().SerializeToString()))
+            return status(peer.ended(number)) != 8
+
+        # A stream counts until its handler has noticed.
+        numbers = iter(range(5, 2**20, 2))
+        until(lambda: is_taken(next(numbers)))
+
+
 async def test_tritonclient_packs_and_streams(site: Site) -> None:
     value = triton.InferInput("x", [1, 4], "FP32")
     value.set_data_from_numpy(X)
