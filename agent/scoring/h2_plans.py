@@ -174,8 +174,11 @@ class AnswerPlans:
 
     def parts(self, answer: InferenceResponse, number: int) -> list[bytes]:
         """`write` for each of so many answers that are stacked along the first dimension."""
+        if number == 1:
+            # Perhaps without a batch: then outputs have first dimensions of their own, or none.
+            return [self.write(answer)]
         outputs = answer.outputs
-        rows = outputs[0].array.shape[0] // number if outputs else 0
+        rows = outputs[0].array.shape[0] // number
         if len(outputs) != 1 or outputs[0].datatype not in _PLAIN:
             return [
                 self.write(_part(answer, start, start + rows))

@@ -23,7 +23,10 @@ from gatelet.accelerators.tensors import Array, TensorSpec
 from gatelet.agent.scoring import h2_frames as h2
 from gatelet.agent.scoring.grpc_server import GrpcLimits
 from gatelet.agent.scoring.h2_headers import literals
+from gatelet.agent.scoring.oip_messages import decode_response
+from gatelet.protos import open_inference_pb2 as oip
 from gatelet.protos.inference import InferenceStub
+from onnx import helper
 from required import program
 
 from ..bench import onnx_models
@@ -121,6 +124,35 @@ def test_what_comes_together_runs_together_and_fails_alone(tmp_path: Path) -> No
         # They came in one packet, or in a few.
         assert max(model.sizes) > 4
         assert len(model.sizes) < 40
+
+
+def test_answers_without_a_batch_are_whole_every_time(tmp_path: Path) -> None:
+    """Outputs of other sizes than the input's first, and one without dimensions."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], axes=[0, 1], keepdims=0),
+        helper.make_node("ReduceMax", ["x"], ["rows"], axes=[1], keepdims=0),
+        helper.make_node("Transpose", ["x"], ["turned"], perm=[1, 0]),
+    ]
+    inputs = [("x", "FP32", (2, 3))]
+    outputs = [("rows", "FP32", (2,)), ("turned", "FP32", (3, 2)), ("most", "FP32", ())]
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    expected = {"rows": [2, 5], "turned": [[0, 3], [1, 4], [2, 5]], "most": 5}
+    wanted = [("rows", "turned", "most"), ("most",)]
+    folder = onnx_models.write_folder(
+        tmp_path / "m", onnx_models.build(nodes, inputs, outputs), inputs, outputs
+    )
+    with serve(tmp_path / "s", settings={"grpc_transport": "http2"}) as site:
+        site.deploy({"e": folder})
+        with grpc.insecure_channel(site.address) as channel:
+            stub = InferenceStub(channel)
+            for names in wanted * 8:
+                asked = request("e", x)
+                asked.outputs.extend(
+                    [oip.ModelInferRequest.InferRequestedOutputTensor(name=n) for n in names]
+                )
+                answer = decode_response(stub.model_infer(asked, 10))
+                found = {tensor.name: tensor.array.tolist() for tensor in answer.outputs}
+                assert found == {name: expected[name] for name in names}
 
 
 def test_gzip_and_other_encodings(site: Site) -> None:
