@@ -292,6 +292,9 @@ class Engine:
         """To dockerd itself; its containers go on."""
         assert self._process is not None
         self._process.send_signal(number)
+        if number is signal.SIGSTOP:
+            # Its threads go on, and answer, until the signal has reached one of them.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def close(self) -> None:
         if self._process is not None and self._answers():
