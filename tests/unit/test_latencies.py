@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from gatelet.agent.latencies import Latencies, bucket, latencies, middle, slower
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 CERTAINTY = 3.5
@@ -77,6 +77,7 @@ def test_few_answers_decide_nothing(
 
 
 @given(many, many, st.floats(1, 3))
+@example(([3], [60]), ([1], [60]), 2.985)
 def test_the_unit_of_time_does_not_matter(
     pairs: tuple[list[int], list[int]], others: tuple[list[int], list[int]], ratio: float
 ) -> None:
