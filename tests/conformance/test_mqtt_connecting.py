@@ -338,7 +338,7 @@ async def test_clean_starts_drop_the_session(version: int) -> None:
 async def test_sessions_end_with_their_expiry() -> None:
     async with running() as site:
         peer = await site.connect("c", expiry=600)
-        await peer.send(Disconnect(0, Properties(session_expiry_interval=1)))
+        await peer.send(Disconnect(0, Properties(session_expiry_interval=3)))
         await site.gone("c")
         assert "c" in site.broker._sessions
         await until(lambda: "c" not in site.broker._sessions)

@@ -387,7 +387,7 @@ class Socket:
     async def packets(self, count: int) -> list:
         found: list = []
         while len(found) < count:
-            message = await self.socket.receive(timeout=5)
+            message = await self.socket.receive(timeout=20)
             assert message.type is aiohttp.WSMsgType.BINARY, message
             found += self.decoder.feed(message.data)
         return found
@@ -420,7 +420,7 @@ async def test_a_text_frame_ends_the_connection(version: int) -> None:
             await peer.send(Connect("c", version))
             await peer.packets(1)
             await socket.send_str("text")
-            message = await socket.receive(timeout=5)
+            message = await socket.receive(timeout=20)
             assert message.type is aiohttp.WSMsgType.CLOSE
             await site.gone("c")
 

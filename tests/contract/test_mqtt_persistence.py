@@ -76,7 +76,7 @@ class Client:
 
     async def receive(self) -> Packet:
         while not self.waiting:
-            data = await asyncio.wait_for(self.reader.read(65_536), 10)
+            data = await asyncio.wait_for(self.reader.read(65_536), 20)
             assert data, "the broker closed"
             self.waiting += self.decoder.feed(data)
         return self.waiting.pop(0)
@@ -93,7 +93,7 @@ class Client:
         try:
             if self.writer.can_write_eof():
                 self.writer.write_eof()
-            while await asyncio.wait_for(self.reader.read(65_536), 10):
+            while await asyncio.wait_for(self.reader.read(65_536), 20):
                 pass
             self.writer.close()
             await self.writer.wait_closed()

@@ -107,7 +107,7 @@ async def talk(broker: Broker, context: ssl.SSLContext | None, *packets, answers
         writer.write(b"".join(encode(packet, version) for packet in packets))
         decoder, found = Decoder(version=version), []
         while len(found) < answers:
-            data = await asyncio.wait_for(reader.read(65_536), 5)
+            data = await asyncio.wait_for(reader.read(65_536), 20)
             if not data:
                 break
             found += decoder.feed(data)
@@ -118,7 +118,7 @@ async def talk(broker: Broker, context: ssl.SSLContext | None, *packets, answers
             await writer.wait_closed()
         except (ConnectionError, ssl.SSLError):
             pass
-        deadline = asyncio.get_running_loop().time() + 5
+        deadline = asyncio.get_running_loop().time() + 20
         while broker.client_ids:
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.002)
@@ -220,7 +220,7 @@ async def test_mosquitto_clients_with_certificates_and_grants(pki: Path, tmp_pat
         process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
-        output, _ = await asyncio.wait_for(process.communicate(), 20)
+        output, _ = await asyncio.wait_for(process.communicate(), 40)
         return process.returncode or 0, output.decode()
 
     context = server_context(pki, ssl.CERT_REQUIRED)
@@ -232,7 +232,7 @@ async def test_mosquitto_clients_with_certificates_and_grants(pki: Path, tmp_pat
             )
             assert code == 0, output
             code, output = await run(
-                subscribe, *arguments("edge-1", version), "-t", topic, "-C", "1", "-W", "10"
+                subscribe, *arguments("edge-1", version), "-t", topic, "-C", "1", "-W", "30"
             )
             assert (code, output) == (0, "hello\n")
         code, output = await run(
@@ -254,11 +254,11 @@ async def test_websockets_with_tls(pki: Path) -> None:
             await socket.send_bytes(encode(Connect("c", V5), V5) + encode(wanted, V5))
             decoder, found = Decoder(version=V5), []
             while len(found) < 2:
-                found += decoder.feed((await socket.receive(timeout=5)).data)
+                found += decoder.feed((await socket.receive(timeout=20)).data)
             assert found[1] == SubAck(1, (0, 0x87))
             # The broker closes first: the client is told.
             await broker.stop()
-            message = await socket.receive(timeout=5)
+            message = await socket.receive(timeout=20)
             assert decoder.feed(message.data)[0].reason_code == 0x8B
 
 
@@ -281,7 +281,7 @@ async def test_paho_over_websockets() -> None:
         await asyncio.to_thread(client.connect, "127.0.0.1", broker.websocket_port)
         client.loop_start()
         try:
-            assert await asyncio.to_thread(done.wait, 10)
+            assert await asyncio.to_thread(done.wait, 20)
         finally:
             client.disconnect()
             await asyncio.to_thread(client.loop_stop)

@@ -385,7 +385,7 @@ async def test_what_was_kept_and_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 async def test_what_expired_is_not_shown_as_retained() -> None:
     async with running() as broker, client(broker) as one:
-        brief = Properties(message_expiry_interval=1)
+        brief = Properties(message_expiry_interval=3)
         one.send(Connect("c", V5), Publish("t", b"x", 0, True, properties=brief))
         await until(lambda: broker.retained == {"t": b"x"})
         await until(lambda: broker.retained == {})
