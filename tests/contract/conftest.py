@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from gatelet.simulator.connect_proxy import ConnectProxy
 from gatelet.simulator.iothub.devices import ClientId
 from gatelet.simulator.iothub.server import IotHub
 from gatelet.simulator.pki import Pki
+
+# What the contract tests share are modules next to them.
+sys.path.insert(0, str(Path(__file__).parent))
 
 HOST = "hub.gatelet.test"
 
