@@ -300,13 +300,19 @@ def test_another_model_at_the_same_socket_is_not_asked(site, client, path, tmp_p
         assert inner.site.status().instances[0].counts.successes == asked
 
 
+def stopped(inner) -> None:
+    os.kill(inner.process.pid, signal.SIGSTOP)
+    # Its threads go on, and answer, until the signal has reached one of them.
+    os.waitid(os.P_PID, inner.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_a_container_that_hangs_costs_no_more_than_the_deadline(
     site, client, path, tmp_path
 ) -> None:
     with container(path, inner=onnx_models.scale_folder(tmp_path / "m", 2)) as inner:
         deploy(site, path, "inner", timeout_ms=300)
         assert scored(client)
-        os.kill(inner.process.pid, signal.SIGSTOP)
+        stopped(inner)
         begin = time.monotonic()
         with pytest.raises(ScoringError) as failed:
             client.infer("served", X)
@@ -324,7 +330,7 @@ def test_a_container_that_hangs_costs_no_more_than_the_deadline(
 def test_unloading_ends_what_waits_for_a_hanging_container(site, client, path, tmp_path) -> None:
     with container(path, inner=onnx_models.scale_folder(tmp_path / "m", 2)) as inner:
         deploy(site, path, "inner")
-        os.kill(inner.process.pid, signal.SIGSTOP)
+        stopped(inner)
         failed: list[ScoringError] = []
 
         def ask() -> None:
