@@ -117,12 +117,12 @@ def rates(before: Sample, now: Sample) -> dict[str, Any]:
         "deployment": now.status["deployment"],
         "modules": modules,
         "memory": dict(now.memory),
-        "fabric": _fabric(before.status.get("fabric"), now.status.get("fabric"), seconds),
+        "fabric": _fabric(before.status.get("fabric"), now.status.get("fabric")),
     }
 
 
 def _fabric(
-    before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, seconds: float
+    before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """The FPGA between two samples; None without one. `busy` is a share of the time."""
     if now is None:
@@ -131,26 +131,22 @@ def _fabric(
         return {"up": False}
     earlier = before or {}
     # Its counters begin anew with its process.
-    if earlier.get("pid") != now.get("pid"):
-        earlier = {}
+    same = earlier.get("pid") == now.get("pid")
 
     def grown(*keys: str) -> float:
         return float(sum(now.get(key, 0) - earlier.get(key, 0) for key in keys))
 
     # What it tells is up to a second old: its own clock says how long it was.
-    passed = grown("uptimeSeconds") if earlier else seconds
+    passed = grown("uptimeSeconds")
     rate = 1 / passed if passed > 0 else 0.0
+    configured = grown("reconfigurations", "partialReconfigurations")
     return {
         "up": True,
         "loaded": now.get("loaded"),
         "trouble": now.get("trouble"),
-        "busy": round(min(1.0, grown("busySeconds") * rate), 3) if earlier else None,
-        "requestsPerSecond": round(grown("requests") * rate, 1) if earlier else None,
-        "configurationsPerSecond": (
-            round(grown("reconfigurations", "partialReconfigurations") * rate, 1)
-            if earlier
-            else None
-        ),
+        "busy": round(min(1.0, grown("busySeconds") * rate), 3) if same else None,
+        "requestsPerSecond": round(grown("requests") * rate, 1) if same else None,
+        "configurationsPerSecond": round(configured * rate, 1) if same else None,
         "queued": now.get("queued", 0),
         "temperatures": dict(now.get("temperatures") or {}),
     }
