@@ -76,18 +76,16 @@ class Transports:
                 self.metrics_address = self._http.listen(
                     settings.metrics_address, service, _tls(settings)
                 )
-            if settings.grpc_address:
-                if settings.grpc_transport == "http2":
-                    calls = GrpcCalls(plane, limits, self._http, access, observer)
-                    undo.callback(calls.close)
-                    self._calls = calls
-                    self.grpc_address = self._http.listen_with(
-                        settings.grpc_address,
-                        lambda: GrpcConnection(self._http, calls),
-                        _tls(settings, "h2"),
-                    )
-                    undo.pop_all()
-                    return
+            if settings.grpc_address and settings.grpc_transport == "http2":
+                calls = GrpcCalls(plane, limits, self._http, access, observer)
+                undo.callback(calls.close)
+                self._calls = calls
+                self.grpc_address = self._http.listen_with(
+                    settings.grpc_address,
+                    lambda: GrpcConnection(self._http, calls),
+                    _tls(settings, "h2"),
+                )
+            elif settings.grpc_address:
                 tls = _tls(settings)
                 credentials = None if tls is None else tls.credentials()
                 self._grpc = GrpcServer(
