@@ -353,20 +353,20 @@ class HttpService:
         """Which endpoint `/score` means. Raises Refusal 404, and ScoringError UNAVAILABLE."""
         self._plane.require_routes()
         table = self._plane.table
-        routes, endpoints = table.routes, sorted(table.endpoints)
+        endpoints = table.endpoints
         named = call.params.get("endpoint")
         if named is not None:
             if named not in endpoints:
-                known = ", ".join(map(repr, endpoints[:10])) or "none"
+                known = ", ".join(map(repr, sorted(endpoints)[:10])) or "none"
                 raise Refusal(404, f"endpoint {named!r} is not deployed here; deployed: {known}")
             return named
         if len(endpoints) == 1:
-            return endpoints[0]
+            return next(iter(endpoints))
         wanted = call.request.headers.get(DEPLOYMENT_HEADER)
         if wanted is not None:
             having = [
                 endpoint
-                for endpoint, route in routes.items()
+                for endpoint, route in table.routes.items()
                 if any(target.name == wanted for target in route.targets)
             ]
             if len(having) == 1:
@@ -376,7 +376,7 @@ class HttpService:
                 self._plane.require_served(endpoint)
         if not endpoints:
             raise Refusal(404, "no model is deployed here")
-        known = ", ".join(endpoints[:10])
+        known = ", ".join(sorted(endpoints)[:10])
         raise Refusal(404, f"several endpoints are deployed: {known}; use /score/ENDPOINT")
 
 
