@@ -44,14 +44,11 @@ def subject_of(
     client = cleanup.enter_context(scoring_client(arguments))
     if arguments.threads:
         wrong_use("--threads is for a folder; a served model has its own: set SCORING_THREADS")
-    subject = EndpointSubject(
-        client, arguments.model, arguments.model_version, pid=_scoring_pid(arguments)
-    )
+    pid = _scoring_pid(arguments)
+    subject = EndpointSubject(client, arguments.model, arguments.model_version, pid=pid)
     if arguments.inputs:
         given = _given(arguments, subject.metadata.inputs)
-        subject = EndpointSubject(
-            client, arguments.model, arguments.model_version, given, _scoring_pid(arguments)
-        )
+        subject = EndpointSubject(client, arguments.model, arguments.model_version, given, pid)
     version = arguments.model_version or ", ".join(subject.metadata.versions)
     return subject, arguments.url, arguments.model, version
 
