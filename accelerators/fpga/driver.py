@@ -286,8 +286,11 @@ class FabricDriver:
     def _wait(
         self, active: Active, done: Callable[[], bool], started: float, deadline: float | None
     ) -> None:
-        while not self._ask(done):
+        while True:
+            # Before the core is asked: it is not to blame for a pause of this process in between.
             now = self._monotonic()
+            if self._ask(done):
+                return
             if now - started >= self._hang_after:
                 self._hangs += 1
                 self._broken = True

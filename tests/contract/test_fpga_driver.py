@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +140,33 @@ def test_packages_alternate_and_reconfigurations_are_counted(
         infer(driver, packages[0], batch, None)
 
 
+def ticking(
+    driver: FabricDriver, monkeypatch: pytest.MonkeyPatch, step: float
+) -> Callable[[], float]:
+    """The driver's time goes on by `step` seconds whenever it looks, however busy the machine."""
+    clock = itertools.count(time.monotonic(), step).__next__
+    monkeypatch.setattr(driver, "_monotonic", clock)
+    return clock
+
+
 @pytest.mark.parametrize("kind", ["hang", "stuck"])
 def test_a_hang_ends_at_the_deadline_and_the_fabric_comes_back(
-    driver: FabricDriver, tmp_path: Path, faults: Path, kind: str
+    driver: FabricDriver,
+    tmp_path: Path,
+    faults: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = package(tmp_path / "p")
     driver.load(loaded)
+    clock = ticking(driver, monkeypatch, 0.001)
     write_fault(faults, Fault(kind, times=1))
-    started = time.monotonic()
+    started = clock()
     with pytest.raises(DeadlineExceeded):
         infer(driver, loaded, items(3), started + 0.03)
-    assert time.monotonic() - started < 0.03 + 0.05
+    assert clock() - started < 0.03 + 0.05
     np.testing.assert_array_equal(
-        infer(driver, loaded, items(3), time.monotonic() + 5), run_network(layers(0), items(3))
+        infer(driver, loaded, items(3), clock() + 5), run_network(layers(0), items(3))
     )
     assert driver.counters.hangs == 1
     assert driver.counters.reconfigurations == 2
@@ -191,15 +206,16 @@ def test_the_same_package_elsewhere_needs_no_reconfiguration(
 
 
 def test_without_a_deadline_a_hang_ends_as_well(
-    driver: FabricDriver, tmp_path: Path, faults: Path
+    driver: FabricDriver, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = package(tmp_path / "p")
     driver.load(loaded)
+    clock = ticking(driver, monkeypatch, 0.001)
     write_fault(faults, Fault("hang"))
-    started = time.monotonic()
+    started = clock()
     with pytest.raises(FabricSick, match="no end of the transfer"):
         infer(driver, loaded, items(3), None)
-    assert time.monotonic() - started < HANG_AFTER + 1
+    assert clock() - started < HANG_AFTER + 1
     write_fault(faults, Fault())
     driver.recover()
     assert driver.counters.reconfigurations == 2
@@ -207,17 +223,46 @@ def test_without_a_deadline_a_hang_ends_as_well(
 
 
 def test_a_slow_transfer_past_its_deadline_costs_no_reconfiguration(
-    driver: FabricDriver, tmp_path: Path, faults: Path
+    driver: FabricDriver, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = package(tmp_path / "p")
     driver.load(loaded)
-    write_fault(faults, Fault("slow", seconds=HANG_AFTER / 2, times=1))
+    # Half a second of the board's time; the driver naps too long to look 10,000 times meanwhile.
+    clock = ticking(driver, monkeypatch, HANG_AFTER / 10_000)
+    write_fault(faults, Fault("slow", seconds=0.5, times=1))
     with pytest.raises(DeadlineExceeded):
-        infer(driver, loaded, items(3), time.monotonic() + 0.01)
+        infer(driver, loaded, items(3), clock() + HANG_AFTER / 100)
     np.testing.assert_array_equal(
         infer(driver, loaded, items(9), None), run_network(layers(0), items(9))
     )
     assert driver.counters.reconfigurations == 1
+
+
+def test_a_pause_of_this_process_is_not_held_against_the_core(
+    driver: FabricDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that came while the process did not run are looked at before the clock decides."""
+    loaded = package(tmp_path / "p")
+    driver.load(loaded)
+    asked = 0
+    read = AxiDma.read
+
+    def late(dma: AxiDma, offset: int) -> int:
+        nonlocal asked
+        status = read(dma, offset)
+        if offset != 0x34 or asked == 2:
+            return status
+        asked += 1
+        return status & ~0x2
+
+    monkeypatch.setattr(AxiDma, "read", late)
+    now = time.monotonic()
+    # The process is left alone for a long time after the second look.
+    monkeypatch.setattr(driver, "_monotonic", lambda: now + (100 if asked == 2 else 0))
+    np.testing.assert_array_equal(
+        infer(driver, loaded, items(3), None), run_network(layers(0), items(3))
+    )
+    assert (asked, driver.counters.hangs) == (2, 0)
 
 
 @pytest.mark.parametrize("error", ["internal", "slave", "decode"])
