@@ -44,8 +44,10 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ca_key = ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ca")])
 
-    def make(name: str, subject: x509.Name, key, extension: x509.ExtensionType) -> None:
-        certificate = (
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+
+    def make(name: str, subject: x509.Name, key, *critical: x509.ExtensionType) -> None:
+        builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(ca_name)
@@ -53,9 +55,14 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(minutes=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(extension, critical=True)
-            .sign(ca_key, hashes.SHA256())
+            .add_extension(authority, critical=False)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
         )
+        for extension in critical:
+            builder = builder.add_extension(extension, critical=True)
+        certificate = builder.sign(ca_key, hashes.SHA256())
         pem = serialization.Encoding.PEM
         (folder / f"{name}.pem").write_bytes(certificate.public_bytes(pem))
         private = key.private_bytes(
@@ -63,7 +70,10 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         (folder / f"{name}-key.pem").write_bytes(private)
 
-    make("ca", ca_name, ca_key, x509.BasicConstraints(ca=True, path_length=None))
+    words = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment")
+    words += ("key_agreement", "encipher_only", "decipher_only")
+    usage = x509.KeyUsage(key_cert_sign=True, crl_sign=True, **dict.fromkeys(words, False))
+    make("ca", ca_name, ca_key, x509.BasicConstraints(ca=True, path_length=None), usage)
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     leaf = x509.BasicConstraints(ca=False, path_length=None)
     for name, extension in (("server", address), ("edge-1", leaf), ("edge-2", leaf)):
@@ -84,6 +94,8 @@ def server_context(pki: Path, mode: ssl.VerifyMode) -> ssl.SSLContext:
 
 def client_context(pki: Path, name: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=pki / "ca.pem")
+    # From Python 3.13 on that is the default.
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
     if name is not None:
         context.load_cert_chain(pki / f"{name}.pem", pki / f"{name}-key.pem")
     return context
@@ -275,8 +287,9 @@ async def test_paho_over_websockets() -> None:
         client.ws_set_options(path="/mqtt")
         received: list[bytes] = []
         done = threading.Event()
-        client.on_connect = lambda *_: client.subscribe("t", 2)
-        client.on_subscribe = lambda *_: client.publish("t", bytes(200_000), 2)
+        # Without a cycle: the client closes the sockets that wake its thread when it is let go.
+        client.on_connect = lambda c, *_: c.subscribe("t", 2)
+        client.on_subscribe = lambda c, *_: c.publish("t", bytes(200_000), 2)
         client.on_message = lambda c, u, message: (received.append(message.payload), done.set())
         await asyncio.to_thread(client.connect, "127.0.0.1", broker.websocket_port)
         client.loop_start()
