@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from gatelet.agent.conditions import conditions
 from gatelet.agent.config import AgentConfig, DeviceConfig
 from gatelet.agent.container_modules import DeviceContainers
 from gatelet.agent.engine import Engine
@@ -39,6 +40,7 @@ HEALTHCHECK = {
     "Retries": 1,
 }
 SETTINGS = ReconcileSettings(probation_seconds=30.0, busy_poll_seconds=5.0, idle_poll_seconds=600.0)
+V1, V2 = "r.io/app:1", "r.io/app:2"
 
 
 class Registry:
@@ -272,6 +274,18 @@ def manifest(agent_env: dict[str, str] | None = None, **modules: Any) -> bytes:
             "modules": entries,
         }
     ).encode()
+
+
+def publish(device: Device, *names: str, **config: object) -> None:
+    """Images for the device's engine to pull; `config` as an image has it."""
+    for name in names:
+        device.engine.publish(name, config=config or None, layers=((name, 1000),))
+
+
+def status(device: Device, module: str) -> tuple[str, str]:
+    """Of a module as the device reports it, and what it says about it."""
+    (found,) = [c for c in conditions(device.snapshot, {}) if c.module == module]
+    return found.status, found.description
 
 
 def play(

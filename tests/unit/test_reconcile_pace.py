@@ -6,10 +6,8 @@ import asyncio
 import logging
 
 import pytest
-from container_world import HEALTHCHECK, Device, manifest, play
+from container_world import HEALTHCHECK, V1, V2, Device, manifest, play
 from gatelet.agent.runtime.container import RuntimeFailed
-
-V1, V2 = "r.io/app:1", "r.io/app:2"
 
 
 def count_passes(device: Device) -> list[float]:

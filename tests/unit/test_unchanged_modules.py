@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
-from container_world import Device, manifest, play
-from gatelet.agent.conditions import conditions
+from container_world import V1, V2, Device, manifest, play, publish, status
 from gatelet.agent.plan import (
     Failure,
     Observed,
@@ -21,18 +20,6 @@ from gatelet.agent.plan import (
 )
 from gatelet.agent.runtime.container import ContainerSpec, ContainerView, RuntimeFailed
 from gatelet.agent.scoring_env import ScoringOptions
-
-V1, V2 = "r.io/app:1", "r.io/app:2"
-
-
-def publish(device: Device, *names: str) -> None:
-    for name in names:
-        device.engine.publish(name, layers=((name, 1000),))
-
-
-def status(device: Device, module: str) -> tuple[str, str]:
-    (found,) = [c for c in conditions(device.snapshot, {}) if c.module == module]
-    return found.status, found.description
 
 
 def in_the_way(device: Device) -> None:
