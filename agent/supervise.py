@@ -6,18 +6,18 @@ On a device systemd does this; here it is for containers, CI and laptops.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
 import random
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .clock import Clock
+from .endings import ending
+from .file_lock import locked
 from .twin.backoff import full_jitter
 
 log = logging.getLogger(__name__)
@@ -34,18 +34,15 @@ class AlreadyRunning(Exception):
     """Another supervisor has these processes; the message says how to get around it."""
 
 
-@contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
+def alone(run_dir: Path) -> AbstractContextManager[None]:
     """Two supervisors would start each other's processes over and over. Raises AlreadyRunning."""
-    with open(run_dir / "supervisor.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRunning(
-                f"another `gatelet run` serves {run_dir}; stop it, or give this one its own "
-                "state-dir and run-dir"
-            ) from error
-        yield
+    return locked(
+        run_dir / "supervisor.lock",
+        AlreadyRunning(
+            f"another `gatelet run` serves {run_dir}; stop it, or give this one its own "
+            "state-dir and run-dir"
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ class Supervisor:
                 log.info("%s started (pid %d)", program.name, process.pid)
                 code = await process.wait()
                 del self._running[program.name]
-                log.warning("%s ended %s", program.name, _ending(code))
+                log.warning("%s ended %s", program.name, ending(code))
             if self._clock.monotonic() - started > STEADY_SECONDS:
                 attempt = 0
             self._restarts[program.name] += 1
@@ -140,12 +137,3 @@ def _signal(send: Callable[[], None]) -> None:
     except ProcessLookupError:
         # It ended between our look and our signal.
         pass
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"with exit code {code}"
-    try:
-        return f"by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"by signal {-code}"

@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from ...modules.errors import ImageError
 from ...modules.model_json import load_model
 from ...protos import control_pb2 as pb
 from ...protos.services import ScoringStub
+from ..endings import ending
 from .errors import InstanceRefused, InstanceUnavailable
 from .remote import RemoteSession, Served
 
@@ -179,7 +179,9 @@ class IsolatedSession:
                 if self._closing.is_set():
                     return
                 log.error(
-                    "the process of model %s %s; another one is started", self._model, _ended(code)
+                    "the process of model %s ended %s; another one is started",
+                    self._model,
+                    ending(code),
                 )
             self.restarts += 1
             if time.monotonic() - began > _STEADY_SECONDS:
@@ -213,7 +215,7 @@ class IsolatedSession:
             if self._closing.wait(_LOOK_SECONDS):
                 raise BackendUnavailable("it was closed while its process started")
             if process.poll() is not None:
-                raise BackendUnavailable(f"its process {_ended(process.returncode)} at once")
+                raise BackendUnavailable(f"its process ended {ending(process.returncode)} at once")
             if time.monotonic() > until:
                 raise BackendUnavailable(f"its process was not ready in {START_SECONDS:g} s")
         with grpc.insecure_channel(
@@ -242,7 +244,7 @@ class IsolatedSession:
                 ended = process.wait(_LOOK_SECONDS)
             except subprocess.TimeoutExpired:
                 raise BackendUnavailable(f"its process: {details or code.name}") from error
-            raise LoadError(f"the process that loaded the model {_ended(ended)}") from error
+            raise LoadError(f"the process that loaded the model ended {ending(ended)}") from error
 
     def _end(self, process: subprocess.Popen[bytes] | None) -> None:
         if process is None:
@@ -265,13 +267,3 @@ def isolated(backends: Mapping[str, Backend], folder: Path | None) -> Mapping[st
         name: IsolatedBackend(backend, folder) if name in _IN_PROCESS else backend
         for name, backend in backends.items()
     }
-
-
-def _ended(code: int) -> str:
-    if code >= 0:
-        return f"ended with code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = str(-code)
-    return f"was killed by {name}"
