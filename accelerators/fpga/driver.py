@@ -373,6 +373,11 @@ class FabricDriver:
         self._leave()
         try:
             self._active = self._download(package, limit)
+        except FabricSick:
+            # What does not come to rest may lie outside of the part that was exchanged.
+            if self._fabric is not None:
+                self._fabric.distrust()
+            raise
         except _PYNQ_ERRORS as error:
             if self._fabric is not None:
                 self._fabric.forget(package)

@@ -207,6 +207,20 @@ def test_a_decoupler_that_does_not_follow_costs_a_full_configuration(
     assert counted(driver)[0] == 2
 
 
+def test_cores_that_do_not_come_to_rest_cost_a_full_configuration(
+    driver: FabricDriver, device: Any, pair: Pair
+) -> None:
+    """The DMA is outside of the region: exchanging the part again does not help it."""
+    driver.load(pair[0])
+    (dma,) = device._dmas
+    dma.read = lambda offset: 0x4
+    with pytest.raises(FabricSick, match="does not end its reset"):
+        driver.load(pair[1])
+    driver.load(pair[1])
+    serves(driver, pair[1], 2)
+    assert counted(driver)[0] == 2
+
+
 def test_a_whole_design_between_two_parts(driver: FabricDriver, pair: Pair, tmp_path: Path) -> None:
     other = package(tmp_path / "3", 3, static="other")
     for one in (*pair, other):
