@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
 import platform
 import signal
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -25,6 +24,7 @@ from .configured import open_outbox, outbox_limits, reconcile_settings, retentio
 from .container_modules import DeviceContainers, boot_id, open_engine
 from .control_server import ControlServer
 from .engine import Engine
+from .file_lock import locked
 from .hub_names import KnownHub
 from .image_housekeeping import HostDisk, ImageHousekeeping
 from .image_trust import ImageTrust
@@ -424,15 +424,12 @@ def _processes(file: Path) -> dict[str, Any]:
     return dict(found)
 
 
-@contextmanager
-def _only_one(state_dir: Path) -> Iterator[None]:
-    """Hold the lock that keeps a second agent away from the same state. Raises ConfigError."""
-    with open(state_dir / "agent.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another agent already runs on {state_dir}; stop it, or give this one its own "
-                "state-dir and run-dir"
-            ) from error
-        yield
+def _only_one(state_dir: Path) -> AbstractContextManager[None]:
+    """Keeps a second agent away from the same state. Raises ConfigError."""
+    return locked(
+        state_dir / "agent.lock",
+        ConfigError(
+            f"another agent already runs on {state_dir}; stop it, or give this one its own "
+            "state-dir and run-dir"
+        ),
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import signal
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from ..agent.cli.command import CommandError, add_json_option, print_json
+from ..agent.file_lock import locked
 from .board.boards import BOARDS
 from .iothub.state import StateUnreadable
 from .mqtt.store import StoreUnreadable
@@ -191,14 +191,11 @@ def _alone(settings: SiteSettings) -> Iterator[None]:
     settings.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         for part in sorted(settings.parts):
-            lock = locks.enter_context(open(settings.folder / f".{part}.lock", "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CommandError(
-                    f"another {part} runs in {settings.folder}: end that one, or name another "
-                    "folder with --dir"
-                ) from error
+            taken = CommandError(
+                f"another {part} runs in {settings.folder}: end that one, or name another folder "
+                "with --dir"
+            )
+            locks.enter_context(locked(settings.folder / f".{part}.lock", taken))
         yield
 
 
