@@ -104,6 +104,8 @@ def test_what_gathers_during_a_run_goes_together(busy: Busy) -> None:
         np.testing.assert_array_equal(y, 2 * row(n, 1 + n % 2))
         assert y.base is not None  # a view: split without copying
     assert busy.model.runs == [1, 7]
+    # Counted before it is answered, and perhaps after the others.
+    busy.first.result(DEADLINE)
     snapshot = busy.statistics.snapshot()
     assert (snapshot.success.count, snapshot.inference_count) == (6, 8)
     assert snapshot.execution_count == 2
