@@ -152,7 +152,7 @@ def test_paho_over_secure_websockets_and_mqtt_at_once(tmp_path: Path) -> None:
         site = loop.call(lambda: Site(settings))
         loop.run(site.start())
         listener, speaker = client("websockets", "a"), client("tcp", "b")
-        listener.on_connect = lambda *_: listener.subscribe("t/#", 1)
+        listener.on_connect = lambda c, *_: c.subscribe("t/#", 1)
         listener.on_subscribe = lambda *_: subscribed.set()
         listener.on_message = lambda c, u, message: (
             received.append((message.topic, message.payload)),
