@@ -1,210 +1,39 @@
 """The planner's golden table: what is wanted and what is seen, and the steps in their order.
 
-Modules are written as in `C("web", 2)`: a container module of version 2. On the device, `box` is a
-container, `engine` and `store` name images as "web2", `loaded` instances and `routes` endpoints.
+The words of its rows are explained in plan_rows.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from datetime import timedelta
 
-import msgspec
 import pytest
-from gatelet.agent.config import AgentConfig, DeviceConfig
-from gatelet.agent.container_modules import DeviceContainers
-from gatelet.agent.deployments import inherited_pins, instance_name, wanted_modules
-from gatelet.agent.manifest import Manifest
-from gatelet.agent.module_spec import ModuleSpec
-from gatelet.agent.plan import (
-    Collect,
-    Create,
-    Failure,
-    History,
-    InstanceView,
-    Load,
-    Observed,
-    Plan,
-    Probe,
-    Pull,
-    Remove,
-    RemoveImage,
-    Resolve,
-    Rules,
-    Start,
-    Step,
-    Stop,
-    Switch,
-    Unload,
-    Wanted,
-    WantedModule,
-    describe,
-    plan,
-    routes_of,
-)
+from gatelet.agent.plan import Collect, Failure, Pull, RemoveImage, describe
 from gatelet.agent.restarts import RestartState
-from gatelet.agent.runtime.container import ContainerSpec, ContainerView
-from gatelet.agent.scoring_env import ScoringOptions
-from gatelet.agent.store import Pin
 
-NOW = 10_000.0
-WALL = datetime(2030, 1, 1, tzinfo=timezone.utc)
-LAST = 4294967295
-
-
-def digest(name: str) -> str:
-    return "sha256:" + hashlib.sha256(name.encode()).hexdigest()
-
-
-def container(name: str, version: int, body: str = "{}") -> ContainerSpec:
-    return ContainerSpec(name, name, f"r/{name}:{version}", digest(f"{name}{version}"), body)
-
-
-def module(name: str, version: int, kind: str, **changes: Any) -> WantedModule:
-    options = ScoringOptions(endpoint=changes.pop("endpoint", name))
-    body = changes.pop("body", "{}")
-    pinned = digest(f"{name}{version}") if kind else None
-    contained = kind in ("container", "scoring")
-    made = container(name, version, body) if contained else None
-    instance = None
-    if kind in ("model", "scoring"):
-        instance = instance_name(
-            name, pinned or "", options, made.fingerprint() if made is not None else ""
-        )
-    return WantedModule(
-        name,
-        f"r/{name}:{version}",
-        pinned,
-        instance,
-        options,
-        kind=kind,  # type: ignore[arg-type]
-        container=made,
-        socket=f"/run/{name}.sock" if kind == "scoring" else "",
-        **changes,
-    )
-
-
-def C(name: str, version: int = 1, **changes: Any) -> WantedModule:  # noqa: N802
-    return module(name, version, "container", **changes)
-
-
-def M(name: str, version: int = 1, **changes: Any) -> WantedModule:  # noqa: N802
-    return module(name, version, "model", **changes)
-
-
-def S(name: str, version: int = 1, **changes: Any) -> WantedModule:  # noqa: N802
-    return module(name, version, "scoring", **changes)
-
-
-def U(name: str, version: int = 1, **changes: Any) -> WantedModule:  # noqa: N802
-    """One whose image name was not resolved yet."""
-    return module(name, version, "", **changes)
-
-
-def box(name: str, version: int = 1, state: str = "running", **changes: Any) -> ContainerView:
-    body = changes.pop("body", "{}")
-    return ContainerView(
-        name,
-        changes.pop("called", name),
-        f"id-{name}",
-        container(name, version, body).fingerprint(),
-        digest(f"{name}{version}"),
-        state,  # type: ignore[arg-type]
-        **changes,
-    )
-
-
-@dataclass
-class Row:
-    """`steps` in order; `old` is the last good deployment. `restarts`, `unready` and `failing` are
-    History and failures; `waits` names modules that wait for a start group."""
-
-    name: str
-    wanted: list[WantedModule]
-    steps: list[str]
-    old: list[WantedModule] | None = None
-    boxes: list[ContainerView] = field(default_factory=list)
-    engine: str = ""
-    store: str = ""
-    loaded: Mapping[str, str] = field(default_factory=dict)
-    routes: list[WantedModule] = field(default_factory=list)
-    up: str = "up"
-    scoring: bool = True
-    mode: str = "NonBlocking"
-    restarts: Mapping[str, RestartState] = field(default_factory=dict)
-    unready: Mapping[str, float] = field(default_factory=dict)
-    failing: list[Failure] = field(default_factory=list)
-    discard: tuple[Collect | RemoveImage, ...] = ()
-    waits: list[str] = field(default_factory=list)
-    blocked: list[str] = field(default_factory=list)
-    settled: bool = False
-    wake_in: float | None = None
-
-    def observed(self) -> Observed:
-        return Observed(
-            frozenset(map(digest, self.store.split())),
-            self.scoring,
-            {name: InstanceView(name, state) for name, state in self.loaded.items()},
-            tuple(routes_of(self.routes).values()),
-            self.up,  # type: ignore[arg-type]
-            "" if self.up == "up" else "gone",
-            {view.name: view for view in self.boxes} if self.up == "up" else {},
-            frozenset(map(digest, self.engine.split())) if self.up == "up" else frozenset(),
-        )
-
-    def plan(self) -> Plan:
-        return plan(
-            Wanted(2, tuple(self.wanted), self.mode),  # type: ignore[arg-type]
-            None if self.old is None else Wanted(1, tuple(self.old)),
-            self.observed(),
-            {failure.step: failure for failure in self.failing},
-            NOW,
-            History(self.restarts, self.unready, self.discard),
-            Rules(startup_wait=60.0),
-        )
-
-
-def short(step: Step) -> str:
-    if isinstance(step, Switch):
-        return "switch " + ",".join(route.endpoint for route in step.routes)
-    if isinstance(step, Unload):
-        return f"unload {step.instance.partition('@')[0]}"
-    if isinstance(step, (Collect, RemoveImage)):
-        return "discard"
-    names = {
-        Resolve: "resolve",
-        Pull: "pull",
-        Load: "load",
-        Probe: "probe",
-        Create: "create",
-        Stop: "stop",
-        Remove: "remove",
-    }
-    if isinstance(step, Start):
-        return f"{'restart' if step.automatic else 'start'} {step.module}"
-    return f"{names[type(step)]} {step.module}"
-
-
-def ended(since: float = 0.0, count: int = 0, **changes: Any) -> RestartState:
-    """A container that ended by itself `since` seconds ago."""
-    return RestartState(count=count, exits=1, trouble_since=NOW - since, **changes)
-
-
-def stamp(name: str, restarts: RestartState, version: int = 1) -> Mapping[str, RestartState]:
-    return {name: replace(restarts, container=container(name, version).fingerprint())}
-
-
-def ready(*modules: WantedModule, state: str = "ready") -> dict[str, str]:
-    return {m.instance: state for m in modules if m.instance is not None}
-
-
-EXIT = {"exit_code": 1}
-A1, A2, B1, B2 = C("a"), C("a", 2), C("b"), C("b", 2)
-FIRST, SECOND = {"order": 1}, {"order": 2}
+from .plan_rows import (
+    A1,
+    A2,
+    B1,
+    B2,
+    EXIT,
+    FIRST,
+    NOW,
+    SECOND,
+    WALL,
+    C,
+    M,
+    Row,
+    S,
+    U,
+    box,
+    digest,
+    ended,
+    ready,
+    short,
+    stamp,
+)
 
 TABLE = [
     # One container module, from nothing to running.
@@ -760,78 +589,6 @@ def test_table(row: Row) -> None:
     if row.wake_in is not None and found.wake_at is not None:
         assert found.wake_at - NOW == pytest.approx(row.wake_in)
     assert all(describe(step) for step in found.steps)
-
-
-SPEC = ModuleSpec(
-    "web",
-    "r.io/web:1",
-    env=(("A", "1"),),
-    create_options='{"HostConfig":{"Memory":1048576}}',
-    startup_order=5,
-    restart_policy="always",
-    version="1",
-)
-CHANGES: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("nothing", {}, []),
-    ("image", {"image": "r.io/web:2"}, ["resolve web"]),
-    ("env", {"env": (("A", "2"),)}, ["resolve web"]),
-    ("create_options", {"create_options": "{}"}, ["resolve web"]),
-    ("status", {"status": "stopped"}, ["stop web"]),
-    ("restart_policy", {"restart_policy": "never"}, []),
-    ("startup_order", {"startup_order": 0}, []),
-    ("image_pull_policy", {"image_pull_policy": "never"}, ["resolve web"]),
-    ("version", {"version": "2"}, ["resolve web"]),
-    ("name", {"name": "other"}, ["resolve other"]),
-]
-AFTER_RESOLVING = {
-    "image": ["stop web"],
-    "env": ["stop web"],
-    "create_options": ["stop web"],
-    "image_pull_policy": [],
-    "version": [],
-}
-
-
-@pytest.mark.parametrize(
-    ("changed", "changes", "steps"), CHANGES, ids=lambda value: str(value)[:20]
-)
-def test_what_a_change_of_each_field_leads_to(
-    changed: str, changes: dict[str, Any], steps: list[str]
-) -> None:
-    """An unchanged image name is resolved again where edgeAgent would pull again; a container is
-    made anew only when it would be another one."""
-    maker = DeviceContainers(AgentConfig(device=DeviceConfig(id="d", run_dir=Path("/run/g"))))
-    before = Manifest("1.1", modules=(SPEC,))
-    after = Manifest("1.1", modules=(msgspec.structs.replace(SPEC, **changes),))
-    pin = Pin(digest("web1"), "container")
-    old = wanted_modules(1, before, {"web": pin}, maker)
-    made = old.modules[0].container
-    assert made is not None
-    view = ContainerView("web", "web", "id", made.fingerprint(), pin.digest, "running")
-    new_digest = digest("web2") if changed == "image" else pin.digest
-    observed = Observed(
-        frozenset(),
-        True,
-        {},
-        (),
-        "up",
-        "",
-        {"web": view},
-        frozenset({pin.digest, new_digest}),
-    )
-    pins = inherited_pins(after, before, {"web": pin})
-    wanted = wanted_modules(2, after, pins, maker)
-    found = plan(wanted, old, observed, {}, NOW)
-    assert [short(step) for step in found.steps] == steps
-    if changed in AFTER_RESOLVING:
-        wanted = wanted_modules(2, after, {"web": Pin(new_digest, "container")}, maker)
-        found = plan(wanted, old, observed, {}, NOW)
-        assert [short(step) for step in found.steps] == AFTER_RESOLVING[changed]
-
-
-def test_every_field_of_a_module_is_in_the_table() -> None:
-    fields = {item.name for item in msgspec.structs.fields(ModuleSpec)} - {"type"}
-    assert fields <= {name for name, _, _ in CHANGES}
 
 
 def test_a_wall_clock_is_no_part_of_a_plan() -> None:
