@@ -7,17 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from container_world import V1, V2, Device, manifest, play, publish, status
-from gatelet.agent.plan import (
-    Failure,
-    Observed,
-    Plan,
-    Pull,
-    Step,
-    Stop,
-    Wanted,
-    WantedModule,
-    plan,
-)
+from gatelet.agent.plan import Failure, Observed, Plan, Pull, Step, Stop, Wanted, WantedModule, plan
 from gatelet.agent.runtime.container import ContainerSpec, ContainerView, RuntimeFailed
 from gatelet.agent.scoring_env import ScoringOptions
 
