@@ -64,7 +64,10 @@ class Patience:
         if self._is_stuck(now):
             connection.abort()
         elif self.lingering or connection.closing:
-            if now - self.since > self._http.linger:
+            if self._full is not None:
+                # It still takes its last answers.
+                self.since = now
+            elif now - self.since > self._http.linger:
                 connection.abort()
         elif self._full is not None:
             # It takes what was sent, and cannot answer meanwhile.
