@@ -159,18 +159,18 @@ class FabricService:
 
     def load(self, client: Client, package: Package) -> str:
         """Put the package into the fabric once; its handle. Raises BackendError."""
-        loaded = self._known(package)
-        until = self._monotonic() + LOAD_SECONDS
-        try:
-            with self._fabric(until) as driver, self._timing(loaded.overlay):
-                driver.load(package)
-        except BackendError:
-            self._drop(loaded)
-            raise
         # Unique beyond this process: a client may still unload what it had from the one before.
         handle = uuid.uuid4().hex
-        with self._guard:
-            client.packages[handle] = loaded
+        with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
+            # All in one turn: whoever unloads the same package has done so before, or sees ours.
+            loaded = self._known(package)
+            try:
+                with self._timing(loaded.overlay):
+                    driver.load(package)
+                with self._guard:
+                    client.packages[handle] = loaded
+            finally:
+                self._drop(loaded)
         return handle
 
     def unload(self, client: Client, handle: str) -> None:
@@ -181,8 +181,9 @@ class FabricService:
         if dropped is None or self._held(dropped):
             return
         with self._fabric(self._monotonic() + LOAD_SECONDS) as driver:
-            driver.unload(dropped.package)
-        self._drop(dropped)
+            if not self._held(dropped):
+                driver.unload(dropped.package)
+                self._drop(dropped)
 
     def _known(self, package: Package) -> Loaded:
         """What the package is called among turns: the same for packages with one identity."""
@@ -201,6 +202,7 @@ class FabricService:
             return known
 
     def _drop(self, loaded: Loaded) -> None:
+        """Forget the overlay, unless a client has it."""
         with self._guard:
             if self._held(loaded):
                 return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
 import warnings
@@ -16,7 +18,10 @@ from gatelet.accelerators.errors import BackendUnavailable
 from gatelet.accelerators.fpga.backend import FpgaBackend
 from gatelet.accelerators.fpga.board import board_named
 from gatelet.accelerators.fpga.driver import FabricDriver
+from gatelet.accelerators.fpga.packages import probe
+from gatelet.accelerators.fpga.protocol import INFERRED, Inference
 from gatelet.accelerators.fpga.server import FabricServer
+from gatelet.accelerators.fpga.shared_memory import lay_out, make_segment
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.bitstream import DenseLayer, write_overlay_package
 from gatelet.simulator.board.boards import simulated_board
@@ -134,3 +139,40 @@ def test_asking_never_waits_for_a_fabric_that_does_not_answer(tmp_path: Path) ->
         finally:
             silent.close()
             backend.close()
+
+
+@pytest.mark.parametrize("first", ["unload", "load"])
+def test_a_package_that_is_loaded_while_its_last_user_leaves_stays(
+    server: FabricServer, tmp_path: Path, first: str
+) -> None:
+    package(tmp_path / "p")
+    service, one = server._service, probe(tmp_path / "p")
+    leaving, coming = service.enter("leaving"), service.enter("coming")
+    handle = service.load(leaving, one)
+    work = {
+        "unload": lambda: service.unload(leaving, handle),
+        "load": lambda: service.load(coming, probe(tmp_path / "p")),
+    }
+    threads = [threading.Thread(target=work.pop(first)), *(
+        threading.Thread(target=other) for other in work.values()
+    )]  # fmt: skip
+    # Both want the fabric while somebody else has it, and get it in this order.
+    with service._fabric():
+        for queued, thread in enumerate(threads, 1):
+            thread.start()
+            until(lambda queued=queued: service.status()["queued"] == queued)
+    for thread in threads:
+        thread.join(15)
+    ((name, loaded),) = coming.packages.items()
+    assert service._in_fabric() == loaded.overlay
+    layout = lay_out(loaded.input_bytes, loaded.output_bytes, 2)
+    assert layout is not None
+    segment, descriptor = make_segment(layout.nbytes)
+    os.close(descriptor)
+    request = Inference(bytes.fromhex(name), math.inf, 2, layout.nbytes)
+    answers: list[bytes] = []
+    service.infer(service.work(coming, segment, request), math.inf, answers.append)
+    assert answers == [INFERRED]
+    for client in ("leaving", "coming"):
+        service.leave(client)
+    assert server.status()["loaded"] is None
