@@ -93,7 +93,9 @@ def wanted_modules(
         )
         for spec in manifest.modules
     ]
-    return Wanted(generation, tuple(modules), module_update_mode(manifest) or update_mode)
+    return Wanted(
+        generation, tuple(modules), module_update_mode(manifest.system_modules) or update_mode
+    )
 
 
 def _wanted_module(

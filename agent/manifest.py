@@ -126,7 +126,8 @@ def parse_manifest(body: bytes) -> Manifest:
     for spec in modules:
         probation_seconds(spec)
     edge_hub, module_twins = _other_sections(outer)
-    manifest = Manifest(
+    module_update_mode(system_modules)
+    return Manifest(
         schema_version=schema_version,
         runtime=runtime,
         system_modules=system_modules,
@@ -136,8 +137,6 @@ def parse_manifest(body: bytes) -> Manifest:
         module_twins=module_twins,
         ignored=tuple(ignored),
     )
-    module_update_mode(manifest)
-    return manifest
 
 
 def _unwrap(node: Node, ignored: list[tuple[str, str]]) -> tuple[Node, Node | None]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from .document import UNPARSABLE, ManifestError, shown
 from .module_spec import ModuleSpec
 from .plan_types import UpdateMode
-
-if TYPE_CHECKING:
-    from .manifest import Manifest
 
 PROBATION = "GATELET_PROBATION_SECONDS"
 UPDATE_MODE = "ModuleUpdateMode"
@@ -40,12 +37,12 @@ def probation_seconds(spec: ModuleSpec) -> float | None:
     return float(text)
 
 
-def module_update_mode(manifest: Manifest) -> UpdateMode | None:
-    """edgeAgent's ModuleUpdateMode in the manifest; None: the device's own.
+def module_update_mode(system_modules: Iterable[ModuleSpec]) -> UpdateMode | None:
+    """edgeAgent's ModuleUpdateMode in a manifest; None: the device's own.
 
     Raises ManifestError 400.
     """
-    for spec in manifest.system_modules:
+    for spec in system_modules:
         text = dict(spec.env).get(UPDATE_MODE, "").strip()
         if spec.name == "edgeAgent" and text:
             if text.lower() not in _MODES:

@@ -13,6 +13,7 @@ from .command import (
     palette,
     print_json,
 )
+from .documents import document
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~", "unchanged": " "}
 _COLOURS = {"added": "green", "removed": "red", "changed": "yellow", "unchanged": "dim"}
@@ -34,8 +35,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from .apply import document
-
     body = b"" if arguments.file is None else document(arguments.file, [])
     return show_preview(arguments, body)
 

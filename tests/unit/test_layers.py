@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatelet.agent.cli.apply import document as document_of
 from gatelet.agent.cli.command import CommandError
+from gatelet.agent.cli.documents import document as document_of
 from gatelet.agent.document import Node
 from gatelet.agent.layers import layered_document, merge_layers
 from gatelet.agent.manifest import ManifestError, parse_manifest
