@@ -168,6 +168,9 @@ class Sending:
                 size = self._send_part(stream, min(room, _TURN))
                 self._given += size
                 progress = progress or size > 0
+                if size and self.waiting.pop(stream.id, None) is not None:
+                    # Behind those that this time's share does not reach.
+                    self.waiting[stream.id] = stream
 
     def _send_part(self, stream: Stream, most: int) -> int:
         queue, before = stream.queue, most

@@ -310,6 +310,25 @@ def test_large_answers_leave_in_parts_and_in_turns() -> None:
     assert not core.waiting
 
 
+def test_every_one_of_many_large_answers_has_its_turn() -> None:
+    recorder, numbers = open_wide(), range(5, 85, 2)
+    recorder.receive(*[headers(number) for number in numbers])
+    core = recorder.core
+    core.out.clear()
+    for number in numbers:
+        core.answer(core.streams[number], b"\x88", bytes(500_000), b"\x88")
+    served: set[int] = set()
+    sent = 0
+    while sent < 3_000_000:
+        core.pump()
+        parts = [part for part in recorder.sent if part[0] == h2.DATA]
+        served |= {part[2] for part in parts}
+        sent += sum(len(part[3]) for part in parts)
+    # As much as each would get of it in equal parts.
+    assert served == set(numbers)
+    assert len(core.waiting) == len(numbers)
+
+
 def test_nothing_large_leaves_while_the_way_is_full() -> None:
     recorder = open_wide()
     core = recorder.core
