@@ -19,7 +19,7 @@ def test_a_thousand_hours_pass_at_once_and_to_the_millisecond() -> None:
 
     began = time.monotonic()
     assert run(main) == pytest.approx(3.6e6, abs=1e-3)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_timers_fire_in_order_whatever_the_order_they_were_set_in() -> None:
