@@ -37,6 +37,8 @@ START_SECONDS = 60.0
 LOAD_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
 _END_SECONDS = 5.0
+# The connections of a process end a little before it does, on a busy machine more than a little.
+_DYING_SECONDS = 2.0
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 30.0
 # A process that lived so long did not die of being started.
@@ -88,7 +90,6 @@ class IsolatedSession:
         self._closing = threading.Event()
         self._up = False
         self._process: subprocess.Popen[bytes] | None = None
-        self.restarts = 0
         started: queue.SimpleQueue[LoadError | BackendUnavailable | None] = queue.SimpleQueue()
         # The kernel ends the process with the thread that started it, so one thread starts all.
         self._keeper = threading.Thread(
@@ -108,12 +109,6 @@ class IsolatedSession:
             self.close()
             raise BackendUnavailable(str(error)) from error
         self._remote.watch()
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process, while there is one."""
-        process = self._process
-        return process.pid if process is not None and process.poll() is None else None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -147,8 +142,7 @@ class IsolatedSession:
         if remote is not None:
             remote.close()
         self._end(self._process)
-        if self._keeper is not threading.current_thread():
-            self._keeper.join(_END_SECONDS + 1)
+        self._keeper.join(_END_SECONDS + 1)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # --- the thread that keeps the process
@@ -183,7 +177,6 @@ class IsolatedSession:
                     self._model,
                     ending(code),
                 )
-            self.restarts += 1
             if time.monotonic() - began > _STEADY_SECONDS:
                 pause = _FIRST_PAUSE
             self._closing.wait(pause)
@@ -192,8 +185,6 @@ class IsolatedSession:
     def _start(self) -> None:
         """Raises LoadError, BackendUnavailable."""
         control, address = self._folder / "c", self._folder / "g"
-        for path in (control, address):
-            path.unlink(missing_ok=True)
         command = [
             *(sys.executable, "-m", "gatelet.agent.scoring.process", "--die-with-parent"),
             *("--control-socket", str(control), "--grpc-address", f"unix:{address}"),
@@ -201,6 +192,8 @@ class IsolatedSession:
         ]
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
         try:
+            for path in (control, address):
+                path.unlink(missing_ok=True)
             process = self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -241,7 +234,7 @@ class IsolatedSession:
             if code is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LoadError(details) from error
             try:
-                ended = process.wait(_LOOK_SECONDS)
+                ended = process.wait(_DYING_SECONDS)
             except subprocess.TimeoutExpired:
                 raise BackendUnavailable(f"its process: {details or code.name}") from error
             raise LoadError(f"the process that loaded the model ended {ending(ended)}") from error
