@@ -25,7 +25,10 @@ FILES = (
     "test_iothub_c2d.py",
     "test_iothub_workload.py",
     "test_iothub_transport.py",  # the agent on the SDK
-    "test_mqtt_interop.py",  # paho and the agent on it, with our broker and with mosquitto
+    "test_mqtt_interop.py",  # paho with our broker and with mosquitto
+    "test_mqtt_transport.py",  # the agent on paho
+    "test_mqtt_transport_faults.py",
+    "test_mqtt_transport_tls.py",
 )
 # The SDK asks for version 1 of paho's callbacks itself.
 CALLBACKS = (
