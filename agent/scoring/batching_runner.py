@@ -114,6 +114,7 @@ class BatchRunner(Execution):
     def serve_here(self, longest: float) -> None:
         """Run what waits on this thread if a run takes up to `longest` seconds, as far as is known,
         and leave it to the runners otherwise: two switches of threads cost more than a short run.
+        All are turned away where there is no runner and none can be started.
         """
         while True:
             with self._lock:
@@ -128,7 +129,12 @@ class BatchRunner(Execution):
                 ):
                     batch = ()
                 if not batch:
-                    if not self._start_runner():
+                    try:
+                        started = self._start_runner()
+                    except ScoringError as error:
+                        refusal, left = error, queue.clear()
+                        break
+                    if not started:
                         # As many came together as there may be runs.
                         self._turn.notify(max(1, self.config.slots - self._running))
                     return
@@ -140,6 +146,8 @@ class BatchRunner(Execution):
                 self.execute(jobs)
             finally:
                 self._leave()
+        for job in left:
+            job.finish(ScoringError(refusal.code, refusal.message))
 
     def serve_stacked(
         self,

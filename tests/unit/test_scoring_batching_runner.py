@@ -238,6 +238,30 @@ def test_a_defect_is_answered_and_the_next_requests_still_run(
     assert results[0]["y"].tolist() == [[6.0, 6.0]]  # type: ignore[index]
 
 
+def test_requests_of_an_event_loop_are_turned_away_where_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = BatchRunner("model 'm'", Doubler(), BATCHES, Statistics(), batched=True)
+    results: list[object] = []
+    for _ in range(2):
+        runner.submit({"x": row(1)}, None, None, 0, results.append, wake=False)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        runner.serve_here(0.0)
+    assert [type(one) for one in results] == [ScoringError, ScoringError]
+    assert "no thread can be started" in str(results[0])
+    assert runner.pending == 0
+    runner.submit({"x": row(3)}, ["y"], None, 0, results.append, wake=False)
+    runner.serve_here(0.0)
+    wait_for(lambda: len(results) == 3)
+    assert results[2]["y"].tolist() == [[6.0, 6.0]]  # type: ignore[index]
+    runner.close()
+
+
 def test_a_caller_that_cannot_take_its_answer_takes_nobody_elses(
     busy: Busy, caplog: pytest.LogCaptureFixture
 ) -> None:
