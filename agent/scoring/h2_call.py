@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .batching_job import Job
 from .grpc_server import GrpcLimits
 from .h2_context import CallContext, Inbox
-from .h2_grpc import Head, Method
+from .h2_grpc import Failed, Head, Method
 from .h2_sending import Stream
 from .http_types import HttpLimits
 from .instances import Instance
-
-if TYPE_CHECKING:
-    from .h2_connection import GrpcConnection
-    from .h2_incoming import Incoming
 
 CHUNK = 64 * 1024
 """Bytes from which on a request or an answer counts against the memory of all of them; smaller
@@ -57,8 +53,37 @@ class Calls(Protocol):
     def open(self, call: Call, inbox: Inbox) -> None:
         """Answer a call of many requests, which come through `inbox`."""
 
-    def changed(self, connection: GrpcConnection) -> None:
+    def changed(self, connection: Connection) -> None:
         """It has something to send."""
+
+
+class Connection(Protocol):
+    """Where a call came from and its answers go; but for `cancel` on the loop only. `client`,
+    `certificate` and `peer`: who is there, "" for no certificate. `dirty`: it is among those to be
+    flushed."""
+
+    client: str
+    certificate: str
+    peer: str
+    dirty: bool
+
+    def flush(self) -> None: ...
+    def answer(self, call: Call, data: bytes, more: Mapping[str, str] | None = None) -> None: ...
+    def send(self, call: Call, message: bytes) -> None: ...
+    def fail(self, call: Call, failed: Failed, *, working: bool = False) -> None: ...
+    def cancel(self, call: Call) -> None: ...
+
+
+class Incoming(Protocol):
+    """What comes of a call's requests. `since`: when the message began that has not come to its
+    end, None for none."""
+
+    since: float | None
+
+    @property
+    def size(self) -> int: ...
+    def feed(self, data: bytes, ended: bool, now: float) -> int:
+        """How many bytes more the peer may send for these. Raises Failed."""
 
 
 class Call:
@@ -86,9 +111,7 @@ class Call:
         "working",
     )
 
-    def __init__(
-        self, connection: GrpcConnection, stream: Stream, head: Head, method: Method
-    ) -> None:
+    def __init__(self, connection: Connection, stream: Stream, head: Head, method: Method) -> None:
         self.connection = connection
         self.stream = stream
         self.head = head

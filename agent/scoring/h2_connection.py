@@ -43,7 +43,7 @@ _HTTP1 = (
 
 
 class GrpcConnection(asyncio.Protocol):
-    """Everything happens on the server's loop. `dirty`: it is among those to be flushed."""
+    """Everything happens on the server's loop, but for `cancel`."""
 
     protocol = "grpc"
 

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from .h2_call import CHUNK, Call, Calls, Host
 from .h2_context import Inbox
 from .h2_grpc import INTERNAL, TOO_MUCH, UNAVAILABLE, Failed, check_compressed, check_size
-
-
-class Incoming(Protocol):
-    """`since`: when the message began that has not come to its end, None for none."""
-
-    since: float | None
-
-    @property
-    def size(self) -> int: ...
-    def feed(self, data: bytes, ended: bool, now: float) -> int:
-        """How many bytes more the peer may send for these. Raises Failed."""
 
 
 def whole(call: Call, calls: Calls, data: bytes | memoryview) -> None:

@@ -22,8 +22,7 @@ from .grpc_health import HealthService
 from .grpc_server import GrpcLimits
 from .grpc_service import InferenceService
 from .grpc_streams import StreamPool
-from .h2_call import Call
-from .h2_connection import GrpcConnection
+from .h2_call import Call, Connection
 from .h2_context import Aborted, CallContext, Inbox
 from .h2_grpc import CANCELLED, DEADLINE, INTERNAL, OK, Failed, Method, framed, unpack
 from .h2_inference import Host as InferenceHost
@@ -60,7 +59,7 @@ class GrpcCalls:
         health = HealthService(plane, self._streams)
         self.methods = {**_methods(INFERENCE, inference), **_methods(HEALTH, health)}
         self._inferences = Inferences(plane, host, access, observer, self._pool, self._sent_once)
-        self._changed: list[GrpcConnection] = []
+        self._changed: list[Connection] = []
         self._flushing = False
         self._under_way = 0
 
@@ -83,7 +82,7 @@ class GrpcCalls:
     def end(self) -> None:
         self._under_way -= 1
 
-    def changed(self, connection: GrpcConnection) -> None:
+    def changed(self, connection: Connection) -> None:
         if connection.dirty:
             return
         connection.dirty = True
