@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from gatelet.accelerators.backend import Backend
 from gatelet.accelerators.cpu import CpuBackend
 from gatelet.agent.scoring.control_service import ControlService
@@ -177,6 +178,15 @@ def scoring_process(
         process.wait()
         if process.stderr is not None:
             process.stderr.close()
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it ended; its parent may not have looked yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        # Between the two looks.
+        return True
 
 
 def _line_with(process: subprocess.Popen[str], text: str) -> str:

@@ -19,7 +19,7 @@ from gatelet.agent.scoring.errors import Code, ScoringError
 from gatelet.protos import control_pb2 as pb
 
 from ..bench import onnx_models
-from ..bench.scoring_site import ScoringProcess, scoring_process
+from ..bench.scoring_site import ScoringProcess, gone, scoring_process
 from .test_scoring_crash import ENDLESS, looping_folder, over_grpc
 
 X = {"x": np.ones((1, 4), np.float32)}
@@ -46,10 +46,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
-
-
-def gone(one: psutil.Process) -> bool:
-    return not one.is_running() or one.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL], ids=lambda n: n.name)
@@ -96,6 +92,7 @@ def test_a_crash_is_the_models_own(
             ended.set()
             asking.result(SECONDS)
     assert [answer for answer in answers if answer != [[8.0]]] == []
+    until(lambda: len(children(process)) == 1)
     (after,) = children(process)
     assert after.pid != child.pid
     assert process.process.poll() is None
@@ -120,7 +117,7 @@ def test_it_ends_with_its_instance_and_with_the_process(
     site.switch({"two": [("two", 0, True)]})
     site.unload("one")
     until(lambda: gone(first) or gone(second))
-    assert len(children(process)) == 1
+    until(lambda: len(children(process)) == 1)
     (left,) = children(process)
     assert process.terminate() == 0
     until(lambda: gone(left))
@@ -143,4 +140,4 @@ def test_a_model_that_does_not_load_is_refused_as_ever(
         process.site.load("one", model, isolate=True)
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "onnxruntime cannot load" in refused.value.details()
-    assert children(process) == []
+    until(lambda: children(process) == [])

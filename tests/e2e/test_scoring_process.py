@@ -17,7 +17,7 @@ from gatelet.agent.scoring.client import ScoringClient
 from gatelet.agent.scoring.errors import Code, ScoringError
 
 from ..bench import onnx_models
-from ..bench.scoring_site import TIMEOUT, scoring_process
+from ..bench.scoring_site import TIMEOUT, gone, scoring_process
 
 pytestmark = pytest.mark.e2e
 
@@ -111,4 +111,4 @@ def test_ends_with_its_parent(tmp_path: Path) -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         os.kill(parent.pid, signal.SIGKILL)
     psutil.wait_procs([child], timeout=TIMEOUT)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert gone(child)
