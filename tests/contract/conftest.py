@@ -1,4 +1,4 @@
-"""A hub behind a proxy, and transports of the agent that run against it."""
+"""A hub behind a proxy, transports of the agent that run against it, and pynq."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import sys
+import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,3 +136,16 @@ async def hub_bench(tmp_path: Path) -> AsyncIterator[HubBench]:
     await bench.start()
     yield bench
     await bench.stop()
+
+
+@pytest.fixture(scope="module")
+def pynq() -> Any:
+    """The package, with its drivers, before a simulated board is made its device."""
+    with warnings.catch_warnings():
+        # It warns about x86 and about pkg_resources when it is imported, and its overlay class
+        # imports all drivers when first used.
+        warnings.simplefilter("ignore")
+        import pynq
+        import pynq.lib
+
+    return pynq

@@ -34,18 +34,6 @@ LAYERS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pynq() -> Any:
-    with warnings.catch_warnings():
-        # pynq warns about x86 and about pkg_resources when it is imported, and its overlay
-        # class imports all drivers when first used.
-        warnings.simplefilter("ignore")
-        import pynq
-        import pynq.lib
-
-    return pynq
-
-
 @pytest.fixture
 def board(pynq: Any) -> Iterator[Any]:
     from gatelet.simulator.board.device import activate

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,22 +66,13 @@ def infer(
     return driver.infer(package, [batch.view(np.uint8)], deadline)[0].view(np.int8)
 
 
-@pytest.fixture(scope="module")
-def pynq() -> None:
-    with warnings.catch_warnings():
-        # pynq warns about x86 and about pkg_resources when it is imported.
-        warnings.simplefilter("ignore")
-        import pynq
-        import pynq.lib  # noqa: F401
-
-
 @pytest.fixture
 def faults(tmp_path: Path) -> Path:
     return tmp_path / "faults.json"
 
 
 @pytest.fixture
-def device(pynq: None, faults: Path) -> Any:
+def device(pynq: Any, faults: Path) -> Any:
     from gatelet.simulator.board.device import activate
 
     return activate(simulated_board("pynq-z2"), FaultFile(faults))

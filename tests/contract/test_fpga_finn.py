@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from finn_networks import NETWORKS, Network, graph, mlp
 
 Z2 = simulated_board("pynq-z2").part
-
-
-@pytest.fixture(scope="module")
-def pynq() -> Any:
-    with warnings.catch_warnings():
-        # pynq warns about x86 and about pkg_resources when it is imported.
-        warnings.simplefilter("ignore")
-        import pynq
-        import pynq.lib
-
-    return pynq
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ CASES = (
 class Project:
     case: Case
     folder: Path
-    library: Path
+    shared_object: Path
 
 
 @pytest.fixture(scope="module")
@@ -126,22 +125,11 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Project]:
     return {case.name: project for case, project in zip(CASES, made, strict=True)}
 
 
-@pytest.fixture(scope="module")
-def pynq() -> Any:
-    with warnings.catch_warnings():
-        # pynq warns about x86 and about pkg_resources when it is imported.
-        warnings.simplefilter("ignore")
-        import pynq
-        import pynq.lib
-
-    return pynq
-
-
 @pytest.fixture
 def device(pynq: Any, projects: dict[str, Project], monkeypatch: pytest.MonkeyPatch) -> Any:
     from gatelet.simulator.board.device import activate
 
-    monkeypatch.setenv(LIBRARIES_VARIABLE, str(projects["float"].library.parent))
+    monkeypatch.setenv(LIBRARIES_VARIABLE, str(projects["float"].shared_object.parent))
     return activate(simulated_board("pynq-z2"))
 
 
@@ -160,7 +148,7 @@ def packaged(directory: Path, project: Project, **options: Any) -> Package:
         shutil.copy(project.folder / name, directory / name)
     sizes = [int(np.prod(shape)) for shape in case.shapes]
     write_hls4ml_bitstream(
-        directory, "net", project.library, part=Z2,
+        directory, "net", project.shared_object, part=Z2,
         input=(case.input, sizes[0]), output=(case.output, sizes[1]), **options,
     )  # fmt: skip
     return probe(directory)
@@ -168,7 +156,7 @@ def packaged(directory: Path, project: Project, **options: Any) -> Package:
 
 def simulated(project: Project, x: np.ndarray) -> np.ndarray:
     """The C simulation, called as hls4ml's own predict does for float32."""
-    library = ctypes.CDLL(str(project.library))
+    library = ctypes.CDLL(str(project.shared_object))
     pointer = ctypes.POINTER(ctypes.c_float)
     results = np.zeros((len(x), *project.case.shapes[1]), np.float32)
     for item, result in zip(np.ascontiguousarray(x), results, strict=True):
@@ -246,7 +234,7 @@ def test_a_library_is_never_taken_from_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     package = packaged(tmp_path / "p", projects["float"])
-    shutil.copy(projects["float"].library, package.directory)
+    shutil.copy(projects["float"].shared_object, package.directory)
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv(LIBRARIES_VARIABLE, str(tmp_path / "empty"))
     with pytest.raises(LoadError, match="no library with sha256"):

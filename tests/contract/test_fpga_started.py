@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,6 @@ from finn_networks import graph, mlp
 
 PART = simulated_board("zcu104").part
 HIGH = SimulatedBoard("zcu104", PART, "aarch64", 0x8_7000_0000, 16 << 20)
-
-
-@pytest.fixture(scope="module")
-def pynq() -> Any:
-    with warnings.catch_warnings():
-        # pynq warns about x86 and about pkg_resources when it is imported.
-        warnings.simplefilter("ignore")
-        import pynq
-        import pynq.lib
-
-    return pynq
 
 
 @pytest.fixture
