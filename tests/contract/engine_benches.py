@@ -142,10 +142,15 @@ async def made(bench, runtime, *, start=True, name="probe:1", config=None, **opt
 async def deaf(bench, runtime, **options):
     """A container that does not hear SIGTERM, once it does not."""
     spec = await made(bench, runtime, env=[("IGNORE_TERM", "1")], **options)
+    await listening(runtime, spec)
+    return spec
+
+
+async def listening(runtime, spec):
+    """Until its process has said what it does at which signal: before, it hears none."""
     stream = runtime.logs(spec.name, LogFilter(), follow=True)
     assert (await asyncio.wait_for(stream.__anext__(), SECONDS)).text == "started"
     await stream.aclose()
-    return spec
 
 
 async def view(runtime, spec):

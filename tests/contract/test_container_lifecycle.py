@@ -7,7 +7,7 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from engine_benches import SECONDS, deaf, made, spec_of, unique, until, view
+from engine_benches import SECONDS, deaf, listening, made, spec_of, unique, until, view
 from engine_benches import bench as bench
 from engine_benches import real as real
 from engine_benches import runtime as runtime
@@ -35,6 +35,7 @@ async def test_a_container_lives_and_dies_and_every_step_can_be_repeated(bench, 
     assert running.id == created.id
     assert before < running.started_at < datetime.now(timezone.utc) + timedelta(seconds=2)
 
+    await listening(runtime, spec)
     await runtime.stop(spec.name)
     await runtime.stop(spec.name)
     stopped = await view(runtime, spec)
@@ -106,7 +107,7 @@ async def test_a_missing_program_is_no_trouble_of_the_engine(real):
 
 async def test_health_follows_the_check(bench, runtime):
     slow = {**HEALTHCHECK, "StartPeriod": 0}
-    env = [("HEALTHY_AFTER_MS", "100")]
+    env = [("HEALTHY_AFTER_MS", "1500")]
     spec = await made(bench, runtime, env=env, Healthcheck=slow)
     assert (await view(runtime, spec)).health in ("starting", "unhealthy")
     healthy = await until(runtime, spec, lambda found: found.health == "healthy")

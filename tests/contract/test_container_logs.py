@@ -32,7 +32,7 @@ async def test_logs_by_line_and_stream(bench, runtime):
 
 
 async def test_logs_of_a_time(bench, runtime):
-    spec = await made(bench, runtime, Cmd=["lines", "4", "150"])
+    spec = await made(bench, runtime, Cmd=["lines", "4", "400"])
     await until(runtime, spec, lambda found: found.state == "exited")
     found = await lines(runtime, spec)
     assert [line.text for line in found] == [f"line {n}" for n in range(4)]

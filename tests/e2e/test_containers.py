@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def other(before: str, host: ContainerDevice, name: str) -> Callable[[], bool]:
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(800):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         if await asyncio.to_thread(condition):
             return
         await asyncio.sleep(0.025)
