@@ -26,7 +26,6 @@ class Stream:
         "call",
         "id",
         "queue",
-        "queued",
         "receive_window",
         "remote_ended",
         "send_window",
@@ -43,7 +42,7 @@ class Stream:
         self.unread = 0
         self.remote_ended = False
         self.queue: deque[bytes | memoryview] | None = None
-        self.queued = self.sent = 0
+        self.sent = 0
         self.trailers: bytes | None = None
         self.watched: tuple[float, int] | None = None
         self.call: Any = None
@@ -129,7 +128,7 @@ class Sending:
         self.out.append(h2.frame(kind, flags | h2.END_HEADERS, stream.id, block))
 
     def data(self, stream: Stream, data: bytes) -> None:
-        """Sent as far as the windows allow; `Stream.queued` says how much waits."""
+        """Sent as far as the windows allow; the rest waits in `Stream.queue`."""
         self._queue(stream, data)
         self.pump()
 
@@ -142,7 +141,6 @@ class Sending:
             stream.watched = None
             self.waiting[stream.id] = stream
         stream.queue.append(data)
-        stream.queued += len(data)
 
     def end(self, stream: Stream, trailers: bytes) -> None:
         """After whatever waits."""
@@ -182,7 +180,6 @@ class Sending:
             most -= size
             self._send_window -= size
             stream.send_window -= size
-            stream.queued -= size
             stream.sent += size
             if size == len(data):
                 queue.popleft()
@@ -209,7 +206,7 @@ class Sending:
 
     def drop(self, stream: Stream) -> None:
         """Forget what waits of a stream that is gone."""
-        stream.queue, stream.queued = None, 0
+        stream.queue = None
         self.waiting.pop(stream.id, None)
 
     def ping(self) -> None:
