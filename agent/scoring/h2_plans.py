@@ -30,7 +30,8 @@ _NOTHING: dict[str, int] = {}
 class Plan:
     """`tensors`: name, datatype, dtype, shape, first byte and end of each; `fixed`: the bytes
     before each tensor's contents, with where they begin. `rows`: the first dimension of all the
-    tensors, 0 where they have none in common."""
+    tensors; 0 where they have none in common or a version is asked for, so that nothing is
+    stacked."""
 
     model: str
     version: str
@@ -150,7 +151,8 @@ def plan_of(message: bytes, parsed: oip.ModelInferRequest) -> Plan | None:
         return None
     outputs = tuple(output.name for output in parsed.outputs)
     leading = {tuple(tensor.shape)[:1] for tensor in inputs}
-    rows = leading.pop()[0] if len(leading) == 1 and () not in leading else 0
+    stacks = len(leading) == 1 and () not in leading and not parsed.model_version
+    rows = leading.pop()[0] if stacks else 0
     return Plan(
         parsed.model_name, parsed.model_version, outputs, tuple(tensors), tuple(fixed), rows
     )

@@ -328,6 +328,12 @@ def test_requests_are_stacked_along_their_first_dimension() -> None:
     plan = plans.match(messages[3])
     assert plan is not None
     assert plan.rows == 2
+    made.model_version = "1"
+    of_version = made.SerializeToString()
+    plans.learn(of_version, made)
+    versioned = plans.match(of_version)
+    assert versioned is not None
+    assert versioned.rows == 0
     stacked = plan.stacked(messages).inputs[0].array
     assert stacked.tolist() == x.reshape(8, 3).tolist()
     for outputs in (1, 2):
