@@ -174,13 +174,20 @@ class ManifestSource:
 
     def rollback(self, generation: int = 0) -> Verdict:
         """See Reconciler.rollback; what is being fetched is not wanted any more then."""
-        verdict = self._reconciler.rollback(generation)
+        try:
+            verdict = self._reconciler.rollback(generation)
+        except StoreError as error:
+            return Verdict(FAILED, str(error))
         if verdict.code == 200:
             self._await(None)
         return verdict
 
     def restart(self, module: str) -> Verdict:
-        return self._reconciler.restart(module)
+        """See Reconciler.restart."""
+        try:
+            return self._reconciler.restart(module)
+        except StoreError as error:
+            return Verdict(FAILED, str(error))
 
     def retry_now(self) -> None:
         """The network may be back: do not wait out the pause."""

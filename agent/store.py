@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from .clock import Clock
 from .plan_types import Kind
 from .restarts import RestartState
 from .store_schema import open_database
-from .store_statements import displace, note_proof, see
+from .store_statements import displace, note_proof, pin, see
 from .store_types import (
     Deployment,
     KnownImage,
@@ -111,10 +111,12 @@ class StateStore:
         *,
         document: bytes | None = None,
         proof: Proof | None = None,
+        pins: Mapping[str, Pin] | None = None,
     ) -> Deployment:
         """Remember the manifest as a new deployment; the one being applied is superseded.
 
-        `document` is what the source sent where that is not the manifest itself.
+        `document` is what the source sent where that is not the manifest itself; `pins` are the
+        images that it begins with, by module.
         """
         received = self._clock.now().isoformat(timespec="seconds")
         with self._transaction() as db:
@@ -131,6 +133,8 @@ class StateStore:
                 (source, version, body, received),
             )
             generation = int(cursor.lastrowid or 0)
+            for module, pinned in (pins or {}).items():
+                pin(db, generation, module, pinned)
             db.execute(
                 "DELETE FROM deployment WHERE generation <= ? AND generation IS NOT "
                 "(SELECT max(generation) FROM deployment WHERE phase='good')",
@@ -227,19 +231,7 @@ class StateStore:
         self, generation: int, module: str, digest: str, kind: Kind = "model", model: str = ""
     ) -> None:
         with self._transaction() as db:
-            db.execute(
-                "INSERT INTO pin (generation, module, digest, kind) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET digest=excluded.digest, kind=excluded.kind",
-                (generation, module, digest, kind),
-            )
-            db.execute(
-                "DELETE FROM pin_model WHERE generation=? AND module=?", (generation, module)
-            )
-            if model:
-                db.execute(
-                    "INSERT INTO pin_model VALUES (?, ?, ?, ?)",
-                    (generation, module, digest, model),
-                )
+            pin(db, generation, module, Pin(digest, kind, model))
 
     # -- restarts ------------------------------------------------------------------------------
 

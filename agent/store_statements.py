@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from .store_types import Proof, document_hash
+from .store_types import Pin, Proof, document_hash
 
 DISPLACED = 409
 KEPT_PROOFS = 64
@@ -31,6 +31,20 @@ def displace(db: sqlite3.Connection, source: str | None) -> None:
             description = f"a newer document from {source} came before its manifest was fetched"
             see(db, other, version, document, DISPLACED, description)
     db.execute("DELETE FROM pending")
+
+
+def pin(db: sqlite3.Connection, generation: int, module: str, pinned: Pin) -> None:
+    db.execute(
+        "INSERT INTO pin (generation, module, digest, kind) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET digest=excluded.digest, kind=excluded.kind",
+        (generation, module, pinned.digest, pinned.kind),
+    )
+    db.execute("DELETE FROM pin_model WHERE generation=? AND module=?", (generation, module))
+    if pinned.model:
+        db.execute(
+            "INSERT INTO pin_model VALUES (?, ?, ?, ?)",
+            (generation, module, pinned.digest, pinned.model),
+        )
 
 
 def note_proof(db: sqlite3.Connection, proof: Proof) -> None:

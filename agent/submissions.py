@@ -98,7 +98,9 @@ class Submissions:
             return self.refuse(source, version, sent, error)
         pins = self.inherited(manifest)
         previous = self._store.last_good()
-        deployment = self._store.accept(source, version, body, document=document, proof=proof)
+        deployment = self._store.accept(
+            source, version, body, document=document, proof=proof, pins=pins
+        )
         return self._accepted(deployment, pins, previous)
 
     def inherited(self, manifest: Manifest) -> dict[str, Pin]:
@@ -113,8 +115,6 @@ class Submissions:
         self, deployment: Deployment, pins: Mapping[str, Pin], origin: Deployment | None
     ) -> Verdict:
         """`pins`: of the modules that are as they were in `origin`."""
-        for module, pin in pins.items():
-            self._store.pin(deployment.generation, module, pin.digest, pin.kind, pin.model)
         if origin is not None:
             self._canaries.inherit(origin.generation, deployment.generation, pins)
         log.info("deployment %d from %s accepted", deployment.generation, deployment.source)
@@ -152,5 +152,5 @@ class Submissions:
             return Verdict(400, f"{which} among the good deployments of this device: {known}")
         target = good[0]
         pins = self._store.pinned(target.generation)
-        accepted = self._store.accept(ROLLBACK, target.generation, target.body)
+        accepted = self._store.accept(ROLLBACK, target.generation, target.body, pins=pins)
         return self._accepted(accepted, pins, target)
