@@ -96,7 +96,7 @@ class Load:
         with triton.InferenceServerClient(self._address) as client:
             while not self._stop.is_set():
                 try:
-                    result = client.infer("e", [value], client_timeout=10)
+                    result = client.infer("e", [value], client_timeout=20)
                     self.answers.append(float(result.as_numpy("y")[0, 0]))
                 except InferenceServerException as error:
                     self.errors.append(error)
@@ -196,6 +196,13 @@ def test_an_accelerator_that_is_away_costs_nothing(site: Site, accelerator: Acce
     assert accelerator.calls == calls
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.005)
+
+
 def ask(address: str, timeout: float) -> object:
     value = triton.InferInput("x", [1, 4], "FP32")
     value.set_data_from_numpy(np.ones((1, 4), np.float32))
@@ -240,6 +247,8 @@ def test_work_that_is_too_late_is_not_begun(tmp_path: Path, accelerator: Acceler
         with pytest.raises(InferenceServerException) as caught:
             ask(site.address, 0.1)
         assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+        # The server's clock for it started a little later than the client's.
+        until(lambda: instance.pending == 0)
         accelerator.go_on.set()
         first.join(20)
         ask(site.address, 20)
@@ -254,7 +263,16 @@ def test_the_models_own_time_limit_is_kept(tmp_path: Path, accelerator: Accelera
         accelerator.sick = True
         site.switch({"e": [("e", 0, True)]})
         accelerator.go_on.clear()
-        release = threading.Timer(0.2, accelerator.go_on.set)
+        while accelerator.waiting.acquire(blocking=False):
+            pass
+
+        def answer_late() -> None:
+            # From when it is asked on, however long the request took to get there.
+            accelerator.waiting.acquire(timeout=20)
+            threading.Event().wait(0.2)
+            accelerator.go_on.set()
+
+        release = threading.Thread(target=answer_late)
         release.start()
         with pytest.raises(InferenceServerException) as caught:
             ask(site.address, 20)
@@ -306,10 +324,7 @@ def test_what_waits_for_an_accelerator_goes_to_it_together(
             assert accelerator.waiting.acquire(timeout=20)
         for thread in threads[slots:]:
             thread.start()
-        deadline = time.monotonic() + 20
-        while site.server_instance("e").pending < 3:
-            assert time.monotonic() < deadline
-            threading.Event().wait(0.005)
+        until(lambda: site.server_instance("e").pending == 3)
         request = oip.ModelInferRequest(model_name="e", raw_input_contents=[bytes(16)])
         request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
         with pytest.raises(grpc.RpcError) as caught:
