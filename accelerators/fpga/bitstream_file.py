@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -108,50 +108,39 @@ def scan(path: Path, into: BinaryIO | None = None, part: str | None = None) -> S
     return Scanned(part if header else None, digest.hexdigest(), size)
 
 
-class _Expander(Protocol):
+class _Decompressor(Protocol):
+    """What zlib's and lzma's have in common."""
+
     @property
     def eof(self) -> bool: ...
 
     @property
     def unused_data(self) -> bytes: ...
 
-    def feed(self, data: bytes) -> Iterator[bytes]: ...
+
+_Feed = Callable[[bytes], Iterator[bytes]]
 
 
-class _Gzip:
-    def __init__(self) -> None:
-        self._object = zlib.decompressobj(wbits=31)
+def _gzip() -> tuple[_Decompressor, _Feed]:
+    decompressor = zlib.decompressobj(wbits=31)
 
-    @property
-    def eof(self) -> bool:
-        return self._object.eof
+    def feed(data: bytes) -> Iterator[bytes]:
+        while data and not decompressor.eof:
+            yield decompressor.decompress(data, _CHUNK)
+            data = decompressor.unconsumed_tail
 
-    @property
-    def unused_data(self) -> bytes:
-        return self._object.unused_data
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        while data and not self._object.eof:
-            yield self._object.decompress(data, _CHUNK)
-            data = self._object.unconsumed_tail
+    return decompressor, feed
 
 
-class _Xz:
-    def __init__(self) -> None:
-        self._object = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+def _xz() -> tuple[_Decompressor, _Feed]:
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
 
-    @property
-    def eof(self) -> bool:
-        return self._object.eof
+    def feed(data: bytes) -> Iterator[bytes]:
+        yield decompressor.decompress(data, _CHUNK)
+        while not (decompressor.eof or decompressor.needs_input):
+            yield decompressor.decompress(b"", _CHUNK)
 
-    @property
-    def unused_data(self) -> bytes:
-        return self._object.unused_data
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        yield self._object.decompress(data, _CHUNK)
-        while not (self._object.eof or self._object.needs_input):
-            yield self._object.decompress(b"", _CHUNK)
+    return decompressor, feed
 
 
 def _expanded(path: Path) -> Iterator[bytes]:
@@ -169,15 +158,15 @@ def _expanded(path: Path) -> Iterator[bytes]:
 
 
 def _decompressed(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    expander: _Expander = _Gzip() if path.suffix == ".gz" else _Xz()
+    decompressor, feed = _gzip() if path.suffix == ".gz" else _xz()
     try:
         for chunk in chunks:
-            if expander.eof:
+            if decompressor.eof:
                 raise LoadError(f"{path}: goes on after the end of its compressed data")
-            yield from expander.feed(chunk)
+            yield from feed(chunk)
     except (zlib.error, lzma.LZMAError) as error:
         raise LoadError(f"{path}: not valid {path.suffix[1:]} data ({error})") from error
-    if not expander.eof:
+    if not decompressor.eof:
         raise LoadError(f"{path}: the compressed data is cut off")
-    if expander.unused_data:
+    if decompressor.unused_data:
         raise LoadError(f"{path}: goes on after the end of its compressed data")
