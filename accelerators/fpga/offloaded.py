@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from ..backend import LoadOptions, Session, Variant
+from ..backend import BatchLimited, LoadOptions, Session, Variant
 from ..cpu import cpu_backend
 from ..errors import InvalidTensor
 from ..rtl.package import read_offload
 from ..tensors import Array, TensorSpec
 
-if TYPE_CHECKING:
-    from .backend import FpgaSession
+
+class Core(Session, BatchLimited, Protocol):
+    """What computes the middle: the core's own package, loaded into the fabric."""
 
 
 class OffloadedSession:
     """before.onnx -> core -> after.onnx; see `rtl.package`. Thread-safe. Raises LoadError."""
 
-    def __init__(self, core: FpgaSession, directory: Path, options: LoadOptions) -> None:
+    def __init__(self, core: Core, directory: Path, options: LoadOptions) -> None:
         halves = read_offload(directory)
         self._core = core
         self._offload = halves.offload
