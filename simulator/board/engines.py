@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +18,6 @@ import numpy.typing as npt
 from ...accelerators.fpga.elements import Element, finn_element
 from .container import Container
 from .network import decode_network, run_network
-
-LIBRARIES_VARIABLE = "GATELET_SIM_ENGINES"
 
 
 class Engine(Protocol):
@@ -208,21 +204,6 @@ class ReplayEngine:
                 raise ValueError(f"item {item} is not in the recording of {len(self._rows)} items")
             rows.append(self._rows[key])
         return [array[rows].tobytes() for array in self._outputs]
-
-
-def library_path(sha256: str) -> Path:
-    """A simulation's shared library by its hash, from the folder that the environment names.
-
-    Libraries are never taken from a package: who starts the simulator says which may run.
-    Raises ValueError.
-    """
-    folder = os.environ.get(LIBRARIES_VARIABLE)
-    if not folder:
-        raise ValueError(f"needs a C simulation; name its folder in {LIBRARIES_VARIABLE}")
-    for path in sorted(Path(folder).glob("*.so")):
-        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            return path
-    raise ValueError(f"no library with sha256 {sha256[:16]} in {folder}")
 
 
 def open_engine(container: Container) -> Engine:

@@ -7,13 +7,17 @@ which hold every code of up to 32 bits exactly.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...accelerators.fpga.elements import Element, hls4ml_element
-from .engines import library_path
+
+LIBRARIES_VARIABLE = "GATELET_SIM_ENGINES"
 
 
 class HlsEngine:
@@ -58,3 +62,18 @@ def _codes(numbers: np.ndarray[Any, np.dtype[np.float64]], element: Element) -> 
         raise ValueError(f"the simulation gives values that are not of {element.name}")
     raw = codes.astype(np.int64).astype(element.container).tobytes()
     return raw
+
+
+def library_path(sha256: str) -> Path:
+    """A simulation's shared library by its hash, from the folder that the environment names.
+
+    Libraries are never taken from a package: who starts the simulator says which may run.
+    Raises ValueError.
+    """
+    folder = os.environ.get(LIBRARIES_VARIABLE)
+    if not folder:
+        raise ValueError(f"needs a C simulation; name its folder in {LIBRARIES_VARIABLE}")
+    for path in sorted(Path(folder).glob("*.so")):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+    raise ValueError(f"no library with sha256 {sha256[:16]} in {folder}")

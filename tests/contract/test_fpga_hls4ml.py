@@ -25,7 +25,7 @@ from gatelet.accelerators.fpga.package import Package, Signature
 from gatelet.accelerators.fpga.packages import probe
 from gatelet.accelerators.tensors import TensorSpec
 from gatelet.simulator.board.boards import simulated_board
-from gatelet.simulator.board.engines import LIBRARIES_VARIABLE
+from gatelet.simulator.board.hls_engine import LIBRARIES_VARIABLE
 from gatelet.simulator.board.vendor_packages import write_hls4ml_bitstream
 from required import program, unavailable
 

@@ -19,7 +19,7 @@ from gatelet.accelerators.rtl import PRESETS
 from gatelet.accelerators.rtl.offload import CostModel, compile_model
 from gatelet.agent.scoring.client import ScoringClient
 from gatelet.simulator.board.boards import simulated_board
-from gatelet.simulator.board.engines import LIBRARIES_VARIABLE
+from gatelet.simulator.board.hls_engine import LIBRARIES_VARIABLE
 from gatelet.simulator.board.rtl_core import missing_tools
 from gatelet.simulator.board.vendor_packages import (
     write_finn_package,

@@ -9,13 +9,8 @@ import pytest
 from gatelet.accelerators.fpga.elements import finn_element
 from gatelet.accelerators.fpga.packing import pack, unpack
 from gatelet.simulator.board.container import Container, decode_container, encode_container
-from gatelet.simulator.board.engines import (
-    LIBRARIES_VARIABLE,
-    Coding,
-    ReplayEngine,
-    library_path,
-    open_engine,
-)
+from gatelet.simulator.board.engines import Coding, ReplayEngine, open_engine
+from gatelet.simulator.board.hls_engine import LIBRARIES_VARIABLE, library_path
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
