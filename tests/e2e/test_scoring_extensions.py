@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException
 from ..bench import onnx_models
 from ..bench.scoring_site import TRANSPORTS, Site, serve
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 
 

@@ -105,7 +105,7 @@ def test_what_goes_wrong_is_said(site: Site, words: list[str], code: int, messag
 
 def test_nobody_there(tmp_path: Path) -> None:
     url = f"unix:{tmp_path / 'nobody'}"
-    with ScoringClient(url, timeout=5) as client:
+    with ScoringClient(url) as client:
         assert not client.live()
         assert not client.ready()
         with pytest.raises(ScoringError, match=r"nothing answers at unix:.*running") as caught:

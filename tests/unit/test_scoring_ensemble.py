@@ -186,7 +186,7 @@ def add_ensemble(site: Site, folder: Path) -> None:
 
 def test_an_ensemble_answers_over_the_models_of_its_steps(site: Site, tmp_path: Path) -> None:
     add_ensemble(site, ensemble_folder(tmp_path / "e", CHAIN, (Y, TOTAL)))
-    with ScoringClient(site.address, timeout=10) as client:
+    with ScoringClient(site.address) as client:
         answer = client.infer("e", {"x": ONES})
         assert answer["y"].tolist() == [[6.0] * 4]
         assert answer["total"].tolist() == [[24.0]]
@@ -214,7 +214,7 @@ def test_independent_steps_run_at_the_same_time(site: Site, tmp_path: Path) -> N
     import threading
 
     add_ensemble(site, ensemble_folder(tmp_path / "e", DIAMOND))
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=20)
     for name in ("double", "triple"):
         session = site.server_instance(name).members[0].session
 
@@ -224,7 +224,7 @@ def test_independent_steps_run_at_the_same_time(site: Site, tmp_path: Path) -> N
             return run(*arguments)
 
         session.run = run  # type: ignore[method-assign]
-    with ScoringClient(site.address, timeout=15) as client:
+    with ScoringClient(site.address) as client:
         assert client.infer("e", {"x": ONES})["y"].tolist() == [[5.0] * 4]
 
 
@@ -240,7 +240,7 @@ def test_a_step_that_is_not_deployed_yet_is_waited_for(site: Site, tmp_path: Pat
 
 def test_a_step_that_went_away_or_changed_is_unavailable(site: Site, tmp_path: Path) -> None:
     add_ensemble(site, ensemble_folder(tmp_path / "e", CHAIN))
-    with ScoringClient(site.address, timeout=10) as client:
+    with ScoringClient(site.address) as client:
         changed = {**MODELS, "e": [("e", 0, True)], "triple": [("add", 0, True)]}
         site.switch(changed)
         with pytest.raises(ScoringError, match="has no output 'y', it has 'sum'") as caught:
@@ -255,7 +255,7 @@ def test_the_steps_follow_a_swap_of_their_model(site: Site, tmp_path: Path) -> N
     site.load("ten", onnx_models.scale_folder(tmp_path / "ten", 10, version="2"))
     site.probe("ten")
     site.switch({**MODELS, "double": [("ten", 0, True)], "e": [("e", 0, True)]})
-    with ScoringClient(site.address, timeout=10) as client:
+    with ScoringClient(site.address) as client:
         assert client.infer("e", {"x": ONES})["y"][0, 0] == 30.0
 
 
@@ -276,7 +276,7 @@ def test_ensembles_that_would_ask_each_other_are_refused(site: Site, tmp_path: P
         site.switch({"e": [("e", 0, True)], "double": [("f", 0, True)]})
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "ensembles ask each other: e -> double -> e" in caught.value.details()
-    with ScoringClient(site.address, timeout=10) as client:
+    with ScoringClient(site.address) as client:
         assert client.infer("e", {"x": ONES})["y"][0, 0] == 2.0
 
 
@@ -290,7 +290,7 @@ def test_a_steps_error_names_the_step(site: Site, tmp_path: Path) -> None:
         raise BackendError("bad luck")
 
     session.run = fail  # type: ignore[method-assign]
-    with ScoringClient(site.address, timeout=10) as client, pytest.raises(ScoringError) as caught:
+    with ScoringClient(site.address) as client, pytest.raises(ScoringError) as caught:
         client.infer("e", {"x": ONES})
     assert caught.value.code is Code.INTERNAL
     assert "step 2 (triple)" in caught.value.message

@@ -159,17 +159,18 @@ def test_who_is_busy_stays_and_who_waits_has_a_deadline(budget: Budget) -> None:
     with ThreadPoolExecutor(3) as pool:
         busy = [pool.submit(budget.ask, number) for number in (1, 2)]
         for _ in busy:
-            assert budget.backend.entered.acquire(timeout=10)
+            assert budget.backend.entered.acquire(timeout=30)
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="waiting for memory"):
             budget.ask(0, 0.05)
-        assert time.monotonic() - started < 5
+        # And not for as long as without one.
+        assert time.monotonic() - started < 15
         assert not budget.sessions[1].cool()
-        waiting = pool.submit(budget.ask, 0, 10.0)
+        waiting = pool.submit(budget.ask, 0, 30.0)
         budget.backend.go_on.set()
-        assert waiting.result(10)["y"].shape == (1, 4)
+        assert waiting.result(30)["y"].shape == (1, 4)
         for one in busy:
-            one.result(10)
+            one.result(30)
     assert budget.backend.most == 2
 
 
@@ -229,7 +230,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def test_all_endpoints_answer_within_the_budget(site: Site) -> None:
     # An event loop must not wait for a model to be loaded.
     assert not any(member.prompt for member in site.server_instance("1").members)
-    with ScoringClient(site.address, timeout=10) as client:
+    with ScoringClient(site.address) as client:
         for _ in range(3):
             for name in "123":
                 assert client.infer(name, X)["y"][0, 0] == float(name)
