@@ -37,7 +37,7 @@ class Sink:
         return MethodResult(404 if name == "missing" else 200, {"echo": payload})
 
     async def next(self) -> Desired:
-        return await asyncio.wait_for(self.documents.get(), 10)
+        return await asyncio.wait_for(self.documents.get(), 20)
 
     def ups(self) -> list[Any]:
         return [value for kind, value in self.links if kind == "up"]

@@ -31,7 +31,7 @@ def collected() -> Iterator[None]:
     gc.collect()
 
 
-async def until(condition: Callable[[], Any], what: str = "", seconds: float = 10) -> None:
+async def until(condition: Callable[[], Any], what: str = "", seconds: float = 20) -> None:
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, f"timed out: {what}"
@@ -40,7 +40,22 @@ async def until(condition: Callable[[], Any], what: str = "", seconds: float = 1
 
 @contextlib.asynccontextmanager
 async def mosquitto(folder: Path) -> AsyncIterator[int]:
-    binary = program("mosquitto")
+    # Mosquitto cannot choose a port itself, and somebody may take the one that was free.
+    for _ in range(5):
+        port, process = await start_mosquitto(folder)
+        try:
+            await until(lambda: process.returncode is not None or listens(port), "mosquitto")  # noqa: B023
+            if process.returncode is None:
+                yield port
+                return
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+    raise AssertionError("mosquitto ended at once")
+
+
+async def start_mosquitto(folder: Path) -> tuple[int, asyncio.subprocess.Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,20 +63,12 @@ async def mosquitto(folder: Path) -> AsyncIterator[int]:
     config.write_text(
         f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nlog_dest none\n"
     )
-    process = await asyncio.create_subprocess_exec(binary, "-c", str(config))
+    return port, await asyncio.create_subprocess_exec(program("mosquitto"), "-c", str(config))
 
-    def listens() -> bool:
-        assert process.returncode is None, "mosquitto ended at once"
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    try:
-        await until(listens, "mosquitto listens")
-        yield port
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(params=["ours", "mosquitto"])
@@ -113,7 +120,7 @@ class Paho:
 
     async def event(self, what: str) -> Any:
         while True:
-            kind, value = await asyncio.wait_for(self.events.get(), 5)
+            kind, value = await asyncio.wait_for(self.events.get(), 20)
             if kind == what:
                 return value
 
@@ -138,7 +145,7 @@ class Paho:
         await self.event("publish")
 
     async def message(self) -> mqtt.MQTTMessage:
-        return await asyncio.wait_for(self.messages.get(), 5)
+        return await asyncio.wait_for(self.messages.get(), 20)
 
     async def stop(self) -> None:
         self.client.disconnect()

@@ -88,6 +88,6 @@ async def test_a_second_client_with_the_id_takes_over(broker: int) -> None:
     first.client.on_disconnect = lambda *_: first.loop.call_soon_threadsafe(ended.set)
     await first.connect(broker)
     async with paho(broker, "same") as second:
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 20)
         await second.subscribe("t")
     await first.stop()
