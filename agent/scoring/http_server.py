@@ -54,10 +54,13 @@ class Member(Protocol):
 
 @dataclass(slots=True)
 class _Listener:
+    """`newer`: certificates that are to be served from now on, and are not yet."""
+
     made: socket.socket
     connect: Callable[[], asyncio.Protocol]
     tls: TlsSource | None
     server: asyncio.Server | None = None
+    newer: ssl.SSLContext | None = None
 
 
 class HttpServer:
@@ -187,12 +190,20 @@ class HttpServer:
                     await self._renew(listener)
 
     async def _renew(self, listener: _Listener) -> None:
-        context = None if listener.tls is None else listener.tls.renewed()
-        if context is not None:
-            before = listener.server
-            await self._serve_on(listener, context)
-            if before is not None:
-                await self._retire(before)
+        if listener.tls is not None:
+            listener.newer = listener.tls.renewed() or listener.newer
+        if listener.newer is None:
+            return
+        before = listener.server
+        try:
+            await self._serve_on(listener, listener.newer)
+        except OSError as error:
+            # Out of descriptors, perhaps; nothing else may end with it.
+            log.warning("new certificates are served later: %s", error)
+            return
+        listener.newer = None
+        if before is not None:
+            await self._retire(before)
 
     async def _retire(self, server: asyncio.Server) -> None:
         """Close `server` without losing what it accepted: asyncio sets a connection up in the turn
