@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import ssl
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -253,13 +254,14 @@ def test_web_pages_call_only_from_where_they_may(guarded: Guarded) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_too_many_requests_of_one_client(tmp_path: Path, transport: str) -> None:
     model = onnx_models.scale_folder(tmp_path / "m", 2.0)
-    settings = {"rate": RateLimit(0.5, 3), "grpc_transport": transport}
+    # Slow enough to give nobody a turn while a busy machine gets to the end of the test.
+    settings = {"rate": RateLimit(0.02, 3), "grpc_transport": transport}
     with serve(tmp_path / "s", settings=settings) as site:
         site.deploy({"e": model})
         guarded = Guarded(site, KeyStore(tmp_path))
         answers = [guarded.rest("POST", "/v2/models/e/infer", body=BODY) for _ in range(4)]
         assert [status for status, _, _ in answers] == [200, 200, 200, 429]
-        assert 1 <= int(answers[-1][1]["retry-after"]) <= 2
+        assert 1 <= int(answers[-1][1]["retry-after"]) <= 50
         assert guarded.infer("e")[1] == "RESOURCE_EXHAUSTED"
         # Health is never refused: a supervisor would take that for a fault.
         assert guarded.rest("GET", "/v2/health/ready")[0] == 200
@@ -322,7 +324,7 @@ def https(site: Site, context: ssl.SSLContext, path: str, bearer: str = "") -> t
 def command(words: list[str]) -> int:
     parser = argparse.ArgumentParser()
     score.register(parser.add_subparsers())
-    arguments = parser.parse_args([*words, "--timeout", "5"])
+    arguments = parser.parse_args([*words, "--timeout", "20"])
     return int(arguments.run(arguments))
 
 
@@ -367,11 +369,9 @@ def test_wide_addresses_ask_for_keys_and_renew_certificates(
         other = Pki(tmp_path / "other")
         place(other.server(["localhost"]), tmp_path / "tls")
         trust.load_verify_locations(other.ca_file)
-        for _ in range(200):
-            if https(site, trust, path, key)[1] != before:
-                break
-        else:
-            pytest.fail("the old certificate is still served")
+        deadline = time.monotonic() + 30
+        while https(site, trust, path, key)[1] == before:
+            assert time.monotonic() < deadline, "the old certificate is still served"
         roots = grpc.ssl_channel_credentials(other.ca_file.read_bytes())
         with grpc.secure_channel(target, roots) as channel:
             assert InferenceStub(channel).model_metadata(request, 20, metadata).name == "e"
