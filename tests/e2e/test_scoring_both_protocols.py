@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_reflection_is_off(tmp_path: Path, transport: str) -> None:
                     f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
                 )
                 with pytest.raises(grpc.RpcError) as refused:
-                    list(ask(iter([b"\x3a\x00"]), timeout=10))
+                    list(ask(iter([b"\x3a\x00"]), timeout=20))
                 assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -143,7 +143,7 @@ def test_a_full_queue(tmp_path: Path, overflow: str) -> None:
         backend.go_on.clear()
         instance = site.server_instance("e")
         running = clients.submit(over_grpc, site)
-        assert backend.running.acquire(timeout=10)
+        assert backend.running.acquire(timeout=20)
         waiting = []
         for way in (over_http, over_grpc):
             waiting.append(clients.submit(way, site))
@@ -180,18 +180,21 @@ def test_a_swap_under_load_fails_no_request(tmp_path: Path, triton: Any) -> None
                     answers.append(str(error))
 
     with serve(tmp_path / "s") as site, ThreadPoolExecutor(3) as clients:
-        for version in range(6):
-            new, folder = str(version), tmp_path / str(version)
-            site.load(new, onnx_models.scale_folder(folder, float(version), version=new))
-            site.probe(new)
-            site.switch({"e": [(new, 0, True)]})
-            if version == 0:
-                asking = [clients.submit(ask) for _ in range(3)]
-            else:
-                site.unload(str(version - 1))
-            seen = len(answers)
-            until(lambda seen=seen: len(answers) > seen + 20)
-        ended.set()
+        asking: list[Future[None]] = []
+        try:
+            for version in range(6):
+                new, folder = str(version), tmp_path / str(version)
+                site.load(new, onnx_models.scale_folder(folder, float(version), version=new))
+                site.probe(new)
+                site.switch({"e": [(new, 0, True)]})
+                if version == 0:
+                    asking = [clients.submit(ask) for _ in range(3)]
+                else:
+                    site.unload(str(version - 1))
+                seen = len(answers)
+                until(lambda seen=seen: len(answers) > seen + 20)
+        finally:
+            ended.set()
         for one in asking:
             one.result(20)
     assert set(answers) == {float(version) for version in range(6)}

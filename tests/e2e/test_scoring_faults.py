@@ -186,7 +186,7 @@ def test_slow_readers(quick: Site) -> None:
             link.sendall(head(extra, length=len(body)) + body)
             slow.append(link)
         assert answered(quick.http) < PROMPT
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while gauge(quick, "gatelet_http_connections") > 1:
             assert time.monotonic() < deadline
             threading.Event().wait(0.05)
@@ -416,7 +416,7 @@ class SlowSession:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.005)
@@ -433,16 +433,16 @@ def test_calls_that_are_given_up_end_without_harm(tmp_path: Path, folder: Path) 
         instance = site.server_instance("e")
         link = connect(site.http)
         link.sendall(head(length=len(BODY)) + BODY)
-        assert backend.running.acquire(timeout=10)
+        assert backend.running.acquire(timeout=20)
         link.close()
         request = oip.ModelInferRequest(model_name="e", raw_input_contents=[bytes(16)])
         request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
         with grpc.insecure_channel(site.address) as channel:
             call = InferenceStub(channel).model_infer.future(request, 30)
-            assert backend.running.acquire(timeout=10)
+            assert backend.running.acquire(timeout=20)
             call.cancel()
             # Health is answered while the model computes for nobody.
-            connection = http.client.HTTPConnection(site.http, timeout=5)
+            connection = http.client.HTTPConnection(site.http, timeout=15)
             connection.request("GET", "/v2/health/ready")
             assert connection.getresponse().status == 200
             connection.close()
