@@ -168,20 +168,21 @@ async def _serve(arguments: argparse.Namespace, settings: SiteSettings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    try:
-        with _alone(settings):
+    with ExitStack() as held:
+        try:
+            held.enter_context(_alone(settings))
             site = Site(settings)
             await site.start()
-            try:
-                if arguments.json:
-                    print_json(site.describe())
-                else:
-                    _tell(site.describe())
-                await stop.wait()
-            finally:
-                await site.stop()
-    except (OSError, PkiUnreadable, StateUnreadable, StoreUnreadable) as error:
-        raise CommandError(f"cannot start the site in {settings.folder}: {error}") from error
+        except (OSError, PkiUnreadable, StateUnreadable, StoreUnreadable) as error:
+            raise CommandError(f"cannot start the site in {settings.folder}: {error}") from error
+        try:
+            if arguments.json:
+                print_json(site.describe())
+            else:
+                _tell(site.describe())
+            await stop.wait()
+        finally:
+            await site.stop()
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -229,3 +230,23 @@ def test_what_cannot_start_says_why(
     )
     assert (done.returncode, why in done.stderr) == (code, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--json",), ()])
+def test_a_site_whose_description_nobody_reads_ends_without_a_word(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """As every command does whose reader went away: it is no trouble of the site."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(
+            [*GATELET, "sim", "broker", "--dir", tmp_path / "site", *words],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
