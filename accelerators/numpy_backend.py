@@ -24,7 +24,7 @@ from .errors import (
 )
 from .numpy_operators import Call, Kernel, Value
 from .numpy_quantised import Fused, Fusion
-from .onnx_file import ELEMENTS, Attribute, Graph, Node, ValueInfo, read_onnx
+from .onnx_file import ELEMENTS, Graph, Node, ValueInfo, read_onnx
 from .tensors import NUMPY_DTYPES, Array, TensorSpec, shape_matches
 
 NUMPY = "numpy"
@@ -260,7 +260,7 @@ def _check_node(name: str, node: Node, graph: Graph) -> None:
             f"{name}: it uses operator set {opset}; without onnxruntime {_OLDEST_OPSET} and newer "
             "run: convert the model (onnx.version_converter)"
         )
-    reason = _unsupported(node.operator, node.attributes, node)
+    reason = _unsupported(Call(node, opset))
     if reason or node.unread:
         reason = reason or f"the attribute {', '.join(node.unread)}"
         raise LoadError(f"{name}: {node}: {reason} does not run without onnxruntime; {advice}")
@@ -268,15 +268,18 @@ def _check_node(name: str, node: Node, graph: Graph) -> None:
         raise LoadError(f"{name}: {node} gives nothing; export the model again")
 
 
-def _unsupported(operator: str, attributes: Mapping[str, Attribute], node: Node) -> str:
+def _unsupported(call: Call) -> str:
     """What of this node has no kernel, "" for nothing."""
-    if attributes.get("block_size"):
-        return "quantisation in blocks"
-    if attributes.get("training_mode"):
-        return "training"
-    if operator in ("MaxPool", "Dropout") and any(node.outputs[1:]):
-        return "the second output"
-    if operator == "Cast" and attributes.get("to") not in ELEMENTS.keys() - {8}:
+    node = call.node
+    operator, attributes = node.operator, node.attributes
+    for name, what in (("block_size", "quantisation in blocks"), ("training_mode", "training")):
+        value = attributes.get(name, 0)
+        if not isinstance(value, int) or value:
+            return what
+    most = 2 if operator == "LinearClassifier" else 1
+    if any(node.outputs[most:]):
+        return "the second output" if most == 1 else "the third output"
+    if operator == "Cast" and call.integer("to", 0) not in ELEMENTS.keys() - {8}:
         return f"a cast to ONNX's element type {attributes.get('to')!r}"
     if operator == "Constant" and not {
         *("value", "value_float", "value_floats", "value_int", "value_ints")
@@ -287,9 +290,12 @@ def _unsupported(operator: str, attributes: Mapping[str, Attribute], node: Node)
     if not isinstance(transform, bytes) or transform.decode("latin-1") not in allowed:
         return f"post_transform {transform!r}"
     if operator == "LinearClassifier":
-        labels = attributes.get("classlabels_strings") or attributes.get("classlabels_ints") or ()
-        rows = attributes.get("intercepts") or labels
-        if not isinstance(labels, tuple) or not isinstance(rows, tuple) or len(labels) != len(rows):
+        names = ("classlabels_strings", "classlabels_ints", "intercepts")
+        strings, integers, rows = (attributes.get(name, ()) for name in names)
+        labels = strings if isinstance(strings, tuple) and strings else integers
+        if not (isinstance(labels, tuple) and isinstance(rows, tuple) and labels):
+            return "a classifier without labels"
+        if rows and len(rows) != len(labels):
             return "a classifier with fewer scores than classes"
     return ""
 

@@ -416,6 +416,37 @@ def test_maps_of_skl2onnx_are_refused_with_a_hint() -> None:
         NumpySession("m.onnx", parse_onnx(content))
 
 
+LIST = numpy_helper.from_array(np.arange(3), "list")
+LINEAR = {"domain": "ai.onnx.ml", "coefficients": [1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        helper.make_node("Cast", ["x"], ["y"], to=LIST),
+        helper.make_node("QuantizeLinear", ["x", "x"], ["y"], block_size=LIST),
+        helper.make_node("Dropout", ["x"], ["y"], training_mode=LIST),
+        helper.make_node("LinearClassifier", ["x"], ["y", "z"], classlabels_ints=LIST, **LINEAR),
+        helper.make_node(
+            "LinearClassifier", ["x"], ["y", "z"], classlabels_ints=[1], intercepts=LIST, **LINEAR
+        ),
+        helper.make_node(
+            "LinearClassifier", ["x"], ["y", "z", "u"], classlabels_ints=[1], **LINEAR
+        ),
+        helper.make_node("Relu", ["x"], ["y", "z"]),
+        helper.make_node("BatchNormalization", ["x"] * 5, ["y", "mean", "variance"]),
+    ],
+    ids=["to", "block", "training", "labels", "intercepts", "third", "second", "norm"],
+)
+@pytest.mark.parametrize("told", [1, 3])
+def test_nodes_that_are_none_are_refused_and_nothing_else(one: Any, told: int) -> None:
+    """Attributes of another kind than the operator's, and outputs that nobody computes."""
+    x = np.ones(3, np.float32)
+    content = build([one], {"x": x}, dict.fromkeys(one.output[:told], FLOAT))
+    with pytest.raises(LoadError, match="does not run without onnxruntime"):
+        NumpySession("m.onnx", parse_onnx(content))
+
+
 def test_the_deadline_is_kept_between_operators() -> None:
     session = NumpySession("m.onnx", parse_onnx(onnx_models.mlp()))
     with pytest.raises(DeadlineExceeded, match="Gemm"):
