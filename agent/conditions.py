@@ -21,14 +21,12 @@ from .plan import (
     module_of,
 )
 from .plan_containers import RUNNING_STATES
+from .plan_types import attempts
 from .reported import RuntimeStatus
 from .restarts import NEW, RestartRules, RestartState, decide
 from .runtime.container import ContainerView
 from .seams import LoadedModel, Progress
 from .snapshot import Snapshot
-
-_COUNTED = 3
-"""Attempts that are told one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +208,7 @@ def _judge(
     if failure is not None:
         if not failure.retryable:
             return "failed", failure.message
-        return "backoff", f"{failure.message} ({_attempts(failure.count)}, trying again)"
+        return "backoff", f"{failure.message} ({attempts(failure.count)}, trying again)"
     steps = [step for step in snapshot.running if module_of(step) == module.name]
     for step in steps:
         text = _under_way(step, module, snapshot)
@@ -239,16 +237,6 @@ def _judge(
     serving = f"serving {loaded.model} version {loaded.version} on {backends}"
     canary = snapshot.canaries.get(module.name)
     return "running", serving if canary is None else f"{serving}; {canary.sentence()}"
-
-
-def _attempts(count: int) -> str:
-    # Rounded: a number that changes with every attempt of an outage would be reported as often.
-    if count <= _COUNTED:
-        return f"attempt {count}"
-    least = _COUNTED
-    while least * 10 < count:
-        least *= 10
-    return f"more than {least} attempts"
 
 
 def _under_way(step: Step, module: WantedModule, snapshot: Snapshot) -> str:

@@ -28,6 +28,7 @@ from .manifest_reference import (
     find_reference,
     signed_generation,
 )
+from .plan_types import attempts, attempts_told
 from .preview import Preview
 from .reconcile import Reconciler
 from .store import StateStore
@@ -59,7 +60,8 @@ class Awaited:
         if not self.error:
             return f"fetching the manifest from {self.reference.place}"
         return (
-            f"the manifest cannot be fetched: {self.error} (attempt {self.attempts}, trying again)"
+            f"the manifest cannot be fetched: {self.error} ({attempts(self.attempts)}, trying "
+            "again)"
         )
 
     def desired_status(self) -> tuple[int, int, str]:
@@ -68,7 +70,7 @@ class Awaited:
         return self.pending.version, code, self.description
 
     def document(self) -> dict[str, Any]:
-        """For `gatelet status --json` and the report's details."""
+        """For `gatelet status --json`."""
         return {
             "source": self.pending.source,
             "version": self.pending.version,
@@ -76,6 +78,10 @@ class Awaited:
             "attempts": self.attempts,
             "error": self.error,
         }
+
+    def report(self) -> dict[str, Any]:
+        """The same for the report's details."""
+        return {**self.document(), "attempts": attempts_told(self.attempts)}
 
 
 class ManifestSource:

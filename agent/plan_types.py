@@ -338,6 +338,21 @@ class Failure:
     code: str = ""
 
 
+def attempts(count: int) -> str:
+    """Says how often something failed: rounded, for a number that changes with every attempt of an
+    outage would be reported as often."""
+    least = attempts_told(count)
+    return f"attempt {count}" if least == count else f"more than {least} attempts"
+
+
+def attempts_told(count: int) -> int:
+    """`count` as reports have it: up to 3 itself, then the next lower of 3, 30, 300 and so on."""
+    least = 3
+    while least * 10 < count:
+        least *= 10
+    return min(least, count)
+
+
 # -- what the plan also depends on -------------------------------------------------------------
 
 

@@ -356,7 +356,7 @@ class Agent:
             details["unsupported"] = not_done
         awaited = self._source.awaited
         if awaited is not None:
-            details["fetch"] = awaited.document()
+            details["fetch"] = awaited.report()
         if self._board is not None:
             fabric = fabric_state(snapshot.scoring.fabric if snapshot.scoring else None)
             details["board"] = {"name": self._board.name, "part": self._board.part, **fabric}

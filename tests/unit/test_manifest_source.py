@@ -194,10 +194,14 @@ def test_three_days_without_a_network(tmp_path: Path) -> None:
     body = manifest()
     inside = {"url": "https://h/m", "sha256": hashlib.sha256(body).hexdigest()}
     asked: list[float] = []
+    told: set[str] = set()
 
     async def days(clock: VirtualClock) -> float:
         def fetch(url: str, stop: Callable[[], bool]) -> bytes:
             asked.append(clock.monotonic())
+            awaited = device.source.awaited
+            assert awaited is not None
+            told.add(json.dumps([awaited.desired_status(), awaited.report()]))
             if clock.monotonic() < 72 * 3600:
                 raise FetchFailed("no route to host")
             return body
@@ -214,5 +218,6 @@ def test_three_days_without_a_network(tmp_path: Path) -> None:
     assert run(days) < 0.1
     pauses = [after - before for before, after in pairwise(asked)]
     assert max(pauses) <= 60.0
+    assert len(told) < 12, "the report changes with every attempt"
     # Full jitter: half of the cap on average, and no two devices alike.
     assert 25 < sum(pauses[10:]) / len(pauses[10:]) < 35
