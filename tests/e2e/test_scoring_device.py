@@ -110,7 +110,7 @@ async def test_an_endpoint_with_keys_over_rest(
     # is told meanwhile that there is no such endpoint, or that its key is wrong.
     def over_grpc() -> str:
         try:
-            with ScoringClient(device.grpc_address, 5, bearer=keys["secondary"]) as client:
+            with ScoringClient(device.grpc_address, 20, bearer=keys["secondary"]) as client:
                 client.infer("digits", {"x": images[:1]})
         except ScoringError as error:
             return error.code.name

@@ -215,7 +215,7 @@ def test_a_closed_loop_counts_what_fails() -> None:
         if len(calls) % 2:
             raise AskFailed("odd")
 
-    timing = closed_loop(ask, 2, 0.01, lambda: None)
+    timing = closed_loop(ask, 2, 0.1, lambda: None)
     assert timing.errors > 0
     assert timing.error == "odd"
     assert len(timing.times) >= 5
