@@ -32,7 +32,7 @@ UNBOUNDED = [
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-PROMPT = 10.0
+PROMPT = 15.0
 """Seconds: not behind somebody who is slow. How long exactly is a matter of benchmarks."""
 
 PATIENCE = 40.0

@@ -104,7 +104,7 @@ def answered(address: str) -> float:
     return time.monotonic() - started
 
 
-PROMPT = 5.0
+PROMPT = 15.0
 """Seconds: not behind somebody who is slow. How long exactly is a matter of benchmarks."""
 
 
@@ -119,7 +119,7 @@ def test_800_silent_connections(process: ScoringProcess) -> None:
         assert max(answered(address) for _ in range(20)) < PROMPT
         for link in silent:
             assert everything(link) == b""
-        assert time.monotonic() - started < 6 * PROMPT
+        assert time.monotonic() - started < 2 * PROMPT
     assert answered(address) < PROMPT
 
 
