@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finn_networks import Network, mlp
 from gatelet.accelerators.errors import BackendUnavailable, LoadError
 from gatelet.accelerators.fpga import driver as driver_module
 from gatelet.accelerators.fpga.bitfile import parse_bitfile
@@ -22,9 +22,6 @@ from gatelet.accelerators.fpga.package import Package
 from gatelet.accelerators.fpga.packages import probe
 from gatelet.simulator.board.boards import simulated_board
 from gatelet.simulator.board.vendor_packages import write_finn_package
-
-sys.path.insert(0, str(Path(__file__).parent))
-from finn_networks import Network, mlp
 
 Z2 = simulated_board("pynq-z2").part
 

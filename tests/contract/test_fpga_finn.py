@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finn_networks import NETWORKS, Network, graph, mlp
 from gatelet.accelerators.errors import DeadlineExceeded, LoadError
 from gatelet.accelerators.fpga.codec import decode, encode
 from gatelet.accelerators.fpga.driver import FabricDriver
@@ -26,9 +27,6 @@ from gatelet.simulator.board.boards import simulated_board
 from gatelet.simulator.board.faults import Fault, FaultFile, write_fault
 from gatelet.simulator.board.vendor_packages import write_bnn_pynq_package, write_finn_package
 from required import unavailable
-
-sys.path.insert(0, str(Path(__file__).parent))
-from finn_networks import NETWORKS, Network, graph, mlp
 
 Z2 = simulated_board("pynq-z2").part
 

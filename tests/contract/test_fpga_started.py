@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finn_networks import graph, mlp
 from gatelet.accelerators.errors import LoadError
 from gatelet.accelerators.fpga.codec import decode, encode
 from gatelet.accelerators.fpga.driver import FabricDriver
@@ -23,9 +24,6 @@ from gatelet.simulator.board.boards import SimulatedBoard, simulated_board
 from gatelet.simulator.board.container import Container
 from gatelet.simulator.board.handoff import LiteCore, StreamDesign
 from gatelet.simulator.board.vendor_packages import write_bitstream, write_finn_package
-
-sys.path.insert(0, str(Path(__file__).parent))
-from finn_networks import graph, mlp
 
 PART = simulated_board("zcu104").part
 HIGH = SimulatedBoard("zcu104", PART, "aarch64", 0x8_7000_0000, 16 << 20)
