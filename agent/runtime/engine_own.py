@@ -35,5 +35,5 @@ class EnginesOwn:
             self._settings[identity] = settings
             while len(self._settings) > _REMEMBERED:
                 del self._settings[next(iter(self._settings))]
-            text = json.dumps({one: sorted(names) for one, names in self._settings.items()})
-        self._save(text)
+            # Under the lock too: what is saved last must hold what was noted last.
+            self._save(json.dumps({one: sorted(names) for one, names in self._settings.items()}))

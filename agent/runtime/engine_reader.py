@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, HTTPResponse
@@ -37,19 +38,23 @@ class EngineRefused(Exception):
         self.said = said
 
 
-class Sockets(weakref.WeakSet[socket.socket]):
-    """Those that are open; no more of them once `aborted`."""
+class Sockets:
+    """Those that are open; no more of them once aborted. For several threads."""
 
-    aborted = False
+    def __init__(self) -> None:
+        self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._aborted = False
 
     def open(self, path: str, timeout: float | None) -> socket.socket:
         """Raises OSError."""
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             peer.settimeout(timeout)
-            self.add(peer)
+            with self._lock:
+                self._open.add(peer)
             peer.connect(path)
-            if self.aborted:
+            if self._aborted:
                 raise ConnectionAbortedError("no longer wanted")
         except BaseException:
             # Nobody else has this socket yet. Whatever it was is raised again.
@@ -58,8 +63,11 @@ class Sockets(weakref.WeakSet[socket.socket]):
         return peer
 
     def abort(self) -> None:
-        self.aborted = True
-        for peer in list(self):
+        self._aborted = True
+        with self._lock:
+            # What another thread opens meanwhile would end the reading of the set.
+            known = list(self._open)
+        for peer in known:
             try:
                 peer.shutdown(socket.SHUT_RDWR)
             except OSError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
+import socket
+import sys
 import tempfile
 import threading
 from datetime import datetime, timedelta, timezone
@@ -19,6 +22,8 @@ from gatelet.agent.runtime.container import ContainerSpec, PullProgress, Runtime
 from gatelet.agent.runtime.docker import DockerRuntime
 from gatelet.agent.runtime.drift import drift
 from gatelet.agent.runtime.engine_errors import explained, unreachable
+from gatelet.agent.runtime.engine_own import EnginesOwn
+from gatelet.agent.runtime.engine_reader import Sockets
 from gatelet.agent.runtime.inspection import parse_time
 from gatelet.agent.runtime.log_frames import MAX_LINE, LogDecoder
 from gatelet.agent.runtime.pull_progress import PullMeter
@@ -235,6 +240,59 @@ async def test_who_waits_for_a_silent_engine_is_not_held_up_when_the_runtime_is_
             assert isinstance(failed, RuntimeFailed)
     finally:
         go.set()
+
+
+def test_connections_are_ended_while_others_are_made():
+    sockets = Sockets()
+    ended = threading.Event()
+
+    def make():
+        while not ended.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                sockets.open("nobody", 5)
+
+    maker = threading.Thread(target=make)
+    interval = sys.getswitchinterval()
+    with (
+        tempfile.TemporaryDirectory(prefix="g-") as folder,
+        socket.socket(socket.AF_UNIX) as listening,
+        contextlib.ExitStack() as held,
+    ):
+        address = f"{folder}/s"
+        listening.bind(address)
+        listening.listen(200)
+        peers = [held.enter_context(sockets.open(address, 5)) for _ in range(100)]
+        maker.start()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(500):
+                sockets.abort()
+        finally:
+            sys.setswitchinterval(interval)
+            ended.set()
+            maker.join()
+        assert {peer.recv(1) for peer in peers} == {b""}
+        with pytest.raises(ConnectionAbortedError):
+            sockets.open(address, 5)
+
+
+def test_what_an_engine_does_by_itself_is_saved_in_the_order_in_which_it_is_noted():
+    saved = []
+    others = []
+
+    def save(text):
+        if not others:
+            # Another container is made at the same time, and is faster.
+            others.append(threading.Thread(target=own.note, args=("b" * 64, frozenset({"Y"}))))
+            others[0].start()
+            others[0].join(0.3)
+        saved.append(text)
+
+    own = EnginesOwn("", save)
+    own.note("a" * 64, frozenset({"X"}))
+    others[0].join()
+    known = EnginesOwn(saved[-1])
+    assert (known.of("a" * 64), known.of("b" * 64)) == ({"X"}, {"Y"})
 
 
 def test_progress_adds_up_what_docker_says():
