@@ -193,6 +193,8 @@ class Fusion:
 
     def fuse(self, node: Node) -> Fused | None:
         """None where the layer stays as it is."""
+        if not node.inputs:
+            return None
         if (node.domain, node.operator) == ("", "GlobalAveragePool"):
             return self._average(node)
         if node.domain or node.operator not in ("Gemm", "MatMul", "Conv") or len(node.inputs) < 2:

@@ -118,6 +118,14 @@ def test_nodes_that_are_none_are_refused_and_nothing_else(one: Any, told: int) -
         NumpySession("m.onnx", parse_onnx(content))
 
 
+@pytest.mark.parametrize("operator", ["GlobalAveragePool", "Gemm", "Conv", "Relu"])
+def test_a_node_without_inputs_is_told_by_its_name(operator: str) -> None:
+    content = build([helper.make_node(operator, [], ["y"])], {"x": X}, {"y": FLOAT})
+    session = NumpySession("m.onnx", parse_onnx(content))
+    with pytest.raises(BackendError, match=operator):
+        session.run({"x": X})
+
+
 def test_the_deadline_is_kept_between_operators() -> None:
     session = NumpySession("m.onnx", parse_onnx(onnx_models.mlp()))
     with pytest.raises(DeadlineExceeded, match="Gemm"):
