@@ -25,6 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from ..bench import onnx_models
 from ..bench.scoring_site import Site, serve
+from .test_scoring_faults import until
 
 OVERLAY = {"kind": "overlay", "path": "overlay", "board": "test"}
 
@@ -194,13 +195,6 @@ def test_an_accelerator_that_is_away_costs_nothing(site: Site, accelerator: Acce
         load.wait_for(lambda: len(load.answers) > 50)
     assert load.errors == []
     assert accelerator.calls == calls
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.005)
 
 
 def ask(address: str, timeout: float) -> object:
