@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from .ap_core import ApCore, Dataflow
 from .container import MAGIC as CONTAINER_MAGIC
 from .container import Container, decode_container
-from .engines import Engine, open_engine
+from .engines import DenseEngine, Engine, open_engine
 from .faults import FaultFile
 from .memory import ContiguousMemory
-from .network import MAGIC, DenseLayer, decode_network, run_network
+from .network import MAGIC, decode_network
 from .registers import RegisterBank, RegisterModel
 
 
@@ -29,22 +27,6 @@ class LoopbackCore:
 
     def process(self, packet: bytes) -> bytes:
         return packet
-
-
-class NetworkCore:
-    """Dense layers: int8 items in, int8 items out. Waits for the rest of an incomplete item."""
-
-    def __init__(self, layers: tuple[DenseLayer, ...]) -> None:
-        self._layers = layers
-        self._width = layers[0].weights.shape[0]
-        self._pending = b""
-
-    def process(self, packet: bytes) -> bytes:
-        stream = self._pending + packet
-        whole = len(stream) // self._width * self._width
-        self._pending = stream[whole:]
-        items = np.frombuffer(stream[:whole], np.int8).reshape(-1, self._width)
-        return run_network(self._layers, items).tobytes()
 
 
 class EngineStream:
@@ -147,7 +129,7 @@ class Configuration:
         self._stream: StreamCore = LoopbackCore()
         self.static, self.partial = "", False
         if data.startswith(MAGIC):
-            self._stream = NetworkCore(decode_network(data))
+            self._stream = EngineStream(DenseEngine(decode_network(data)))
         elif data.startswith(CONTAINER_MAGIC):
             self._open(decode_container(data), memory, faults)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ...accelerators.fpga.elements import Element, finn_element
 from .container import Container
-from .network import decode_network, run_network
+from .network import DenseLayer, decode_network, run_network
 
 
 class Engine(Protocol):
@@ -158,8 +158,8 @@ class GraphEngine:
 class DenseEngine:
     """Dense layers with the bits of onnxruntime, one int8 per value."""
 
-    def __init__(self, container: Container) -> None:
-        self._layers = decode_network(container.blobs["network"])
+    def __init__(self, layers: tuple[DenseLayer, ...]) -> None:
+        self._layers = layers
 
     @property
     def item_bytes(self) -> tuple[int, ...]:
@@ -213,7 +213,7 @@ def open_engine(container: Container) -> Engine:
         if kind == "graph":
             return GraphEngine(container)
         if kind == "dense":
-            return DenseEngine(container)
+            return DenseEngine(decode_network(container.blobs["network"]))
         if kind == "replay":
             return ReplayEngine(container)
         if kind == "hls4ml":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gatelet.simulator.board.cores import Configuration, LoopbackCore, NetworkCore, StreamCore
+from gatelet.simulator.board.cores import Configuration, EngineStream, LoopbackCore, StreamCore
 from gatelet.simulator.board.faults import FaultFile
 from gatelet.simulator.board.memory import ContiguousMemory
 from gatelet.simulator.board.network import (
@@ -92,7 +92,7 @@ def synthesise(data: bytes) -> StreamCore:
 
 def test_a_core_waits_for_whole_items() -> None:
     core = synthesise(encode_network(LAYERS))
-    assert isinstance(core, NetworkCore)
+    assert isinstance(core, EngineStream)
     items = RNG.integers(-128, 128, (3, 12), dtype=np.int8)
     stream = items.tobytes()
     assert core.process(stream[:5]) == b""
