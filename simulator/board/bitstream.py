@@ -52,15 +52,7 @@ def write_overlay_package(
         if math.prod(spec.shape[1:]) != elements:
             raise ValueError(f"{spec} does not have the {elements} values per item of its layer")
     directory.mkdir(parents=True, exist_ok=True)
-    content = encode_bitfile(
-        Bitfile(
-            design=f"{name};UserID=0XFFFFFFFF;Version=2022.1",
-            part=header_part(part),
-            date=DATE,
-            time=TIME,
-            data=encode_network(layers),
-        )
-    )
+    content = bit_file(name, part, encode_network(layers))
     (directory / f"{name}.bit").write_bytes(content)
     design = StreamDesign(
         name=name, part=part, clock_mhz=clock_mhz, dma_length_width=dma_length_width
@@ -98,6 +90,12 @@ def stream_port(spec: TensorSpec, scale: float, zero_point: int) -> dict[str, An
             "elements": math.prod(spec.shape[1:]),
         },
     }
+
+
+def bit_file(design: str, part: str, data: bytes) -> bytes:
+    """A .bit file of configuration data in whole words, as Vivado would have named it."""
+    header = f"{design};UserID=0XFFFFFFFF;Version=2022.1"
+    return encode_bitfile(Bitfile(header, header_part(part), DATE, TIME, data))
 
 
 def header_part(part: str) -> str:

@@ -7,12 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...accelerators.fpga.bitfile import Bitfile, encode_bitfile
 from ...accelerators.fpga.package import Package
 from ...accelerators.fpga.packages import probe
 from ...accelerators.fpga.packages.overlay_json import OVERLAY_JSON
 from ...accelerators.tensors import TensorSpec
-from .bitstream import DATE, TIME, header_part, stream_port
+from .bitstream import bit_file, stream_port
 from .container import Container, encode_container
 from .handoff import LiteCore, StreamDesign, encode_handoff
 from .network import DenseLayer, encode_network
@@ -48,8 +47,7 @@ def write_partial_package(
         (name, Container({"kind": "dense"}, (), network, static, True), partial_padding),
     ):
         data = encode_container(container) + bytes(padding - padding % 4)
-        label = f"{stem};UserID=0XFFFFFFFF;Version=2022.1"
-        content = encode_bitfile(Bitfile(label, header_part(part), DATE, TIME, data))
+        content = bit_file(stem, part, data)
         (directory / f"{stem}.bit").write_bytes(content)
         hashes.append(hashlib.sha256(content).hexdigest())
     manifest = {

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...accelerators.fpga.bitfile import Bitfile, encode_bitfile
 from ...accelerators.fpga.elements import finn_element
 from ...accelerators.fpga.package import Package
 from ...accelerators.fpga.packages import probe
 from ...accelerators.rtl.offload import Offload
 from ...accelerators.rtl.package import write_package
-from .bitstream import DATE, TIME, header_part
+from .bitstream import bit_file
 from .container import Container, encode_container
 from .handoff import LiteCore, StreamDesign, encode_handoff
 
@@ -57,8 +56,7 @@ def write_bitstream(
     """`path` (.bit) and the .hwh beside it. `padding` bytes make the file longer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = encode_container(container) + bytes(padding - padding % 4)
-    header = f"{design.name};UserID=0XFFFFFFFF;Version=2022.1"
-    path.write_bytes(encode_bitfile(Bitfile(header, header_part(part), DATE, TIME, content)))
+    path.write_bytes(bit_file(design.name, part, content))
     path.with_suffix(".hwh").write_text(encode_handoff(design), "utf-8")
 
 
