@@ -35,7 +35,7 @@ class Readings:
 class Sensors:
     """Reads below `sysfs` (None: nothing is there) and the PL clocks. Used from several threads.
 
-    `clocks` gives MHz by clock, and is only called while nobody configures the fabric.
+    `clocks` gives MHz by clock: it only reads, whatever is being done with the fabric.
     """
 
     def __init__(
