@@ -148,10 +148,10 @@ def waiting_timers() -> list[threading.Timer]:
 async def test_service_that_refuses_or_is_silent(fleet: Fleet) -> None:
     fleet.bench.run(SOURCE, connect_timeout=4.0)
     reasons = fleet.bench.sink.reasons
-    await fleet.bench.until(lambda: reasons)
-    assert "did not take registration 'd1' in scope '0ne00000001'" in reasons[0]
-    assert "Credentials invalid" in reasons[0]
-    assert KEY not in reasons[0]
+    refused = "did not take registration 'd1' in scope '0ne00000001'"
+    await fleet.bench.until(lambda: any(refused in reason for reason in reasons))
+    assert all("Credentials invalid" in reason for reason in reasons if refused in reason)
+    assert not any(KEY in reason for reason in reasons)
     fleet.dps.faults.lose_answers = 1
     fleet.dps.enroll("d1", {**BY_KEY, "iotHubs": [HOST]})
     await fleet.bench.until(lambda: any("did not answer within 4 s" in r for r in reasons))
@@ -165,7 +165,7 @@ async def test_stopped_while_provisioning(fleet: Fleet, caplog: pytest.LogCaptur
     fleet.dps.faults.lose_answers = 10
     fleet.bench.run(SOURCE)
     await fleet.bench.until(lambda: fleet.dps.faults.lose_answers < 10)
-    await asyncio.wait_for(fleet.bench.stop_runs(), 5)
+    await asyncio.wait_for(fleet.bench.stop_runs(), 15)
     await fleet.bench.until(lambda: not waiting_timers(), 10)
     assert "takes long" not in caplog.text
 

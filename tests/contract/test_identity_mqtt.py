@@ -94,7 +94,7 @@ class Bench:
         assert await process.wait() == 0
 
 
-async def until(condition: Callable[[], Any], what: Any = "", seconds: float = 15) -> None:
+async def until(condition: Callable[[], Any], what: Any = "", seconds: float = 30) -> None:
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, f"timed out: {what}"

@@ -279,7 +279,7 @@ class Wire:
     async def receive(self) -> Packet | None:
         while not self.packets:
             try:
-                data = await asyncio.wait_for(self.reader.read(65_536), 5)
+                data = await asyncio.wait_for(self.reader.read(65_536), 30)
             except ConnectionError:
                 return None
             if not data:
@@ -334,7 +334,7 @@ async def test_a_paused_hub_lets_nobody_in_who_was_nearly_there(wire: Wire) -> N
     wire.connect()
     started = time.monotonic()
     assert await wire.receive() is None
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 15
     await wire._hub.resume()
 
 
@@ -348,7 +348,7 @@ async def test_who_shakes_hands_while_the_hub_pauses_stays_out(wire: Wire) -> No
                 tls.do_handshake()
             except ssl.SSLWantReadError:
                 writer.write(outgoing.read())
-                incoming.write(await asyncio.wait_for(reader.read(65_536), 5))
+                incoming.write(await asyncio.wait_for(reader.read(65_536), 30))
         await wire._hub.pause()
         tls.do_handshake()
         wire.writer.transport.abort()
@@ -358,7 +358,7 @@ async def test_who_shakes_hands_while_the_hub_pauses_stays_out(wire: Wire) -> No
         writer.write(outgoing.read())
         answer = b""
         try:
-            while data := await asyncio.wait_for(reader.read(65_536), 5):
+            while data := await asyncio.wait_for(reader.read(65_536), 30):
                 incoming.write(data)
                 try:
                     answer += tls.read(65_536)

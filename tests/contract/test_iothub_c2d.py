@@ -114,7 +114,7 @@ async def listen(client: Any) -> list[Any]:
     return got
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     deadline = asyncio.get_running_loop().time() + seconds
     while not (value := condition()):
         assert asyncio.get_running_loop().time() < deadline, "not in time"

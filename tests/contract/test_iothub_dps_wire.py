@@ -66,7 +66,7 @@ class Wire:
     async def receive(self) -> Packet | None:
         while not self._packets:
             try:
-                data = await asyncio.wait_for(self._reader.read(65536), 10)
+                data = await asyncio.wait_for(self._reader.read(65536), 30)
             except ConnectionError:
                 return None
             if not data:

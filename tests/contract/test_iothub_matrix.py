@@ -100,7 +100,7 @@ async def test_twin_and_telemetry(hub: IotHub, tmp_path: Path, way: tuple[str, .
         (message,) = hub.telemetry.query("d1")
         assert (message.client, message.body) == (client_id, b"hello")
         hub.core.update_twin(client_id, {"properties": {"desired": {"x": 1}}})
-        await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.wait_for(arrived.wait(), 30)
         assert patches == [{"x": 1, "$version": 2}]
     finally:
         await call(client.shutdown)

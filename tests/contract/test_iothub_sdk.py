@@ -109,10 +109,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 async def listen(client: Any, **handlers: Any) -> None:
     """The SDK's setters subscribe and block: on the hub's own event loop that never ends."""
     for name, handler in handlers.items():
-        await asyncio.wait_for(asyncio.to_thread(setattr, client, name, handler), 10)
+        await asyncio.wait_for(asyncio.to_thread(setattr, client, name, handler), 30)
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+async def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     async def poll() -> Any:
         while True:
             if value := condition():

@@ -132,7 +132,7 @@ class RawClient:
         """The next packet, None when the hub closed the connection."""
         while not self._packets:
             try:
-                data = await asyncio.wait_for(self._reader.read(65536), 10)
+                data = await asyncio.wait_for(self._reader.read(65536), 30)
             except ConnectionError:
                 return None
             if not data:
@@ -309,7 +309,7 @@ async def test_a_device_that_goes_away_fails_its_methods(service: Service) -> No
     assert isinstance(await client.receive(), Publish)
     service.hub.drop_connections()
     with pytest.raises(Exception, match="disconnected"):
-        await asyncio.wait_for(call, 5)
+        await asyncio.wait_for(call, 25)
 
 
 @pytest.mark.parametrize(

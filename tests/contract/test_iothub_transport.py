@@ -60,7 +60,7 @@ class Sink:
             raise RuntimeError("a defect")
         return MethodResult(200, {"echo": payload})
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 15.0) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 30.0) -> None:
         async def wait() -> None:
             while not condition():
                 self.happened.clear()
@@ -99,7 +99,7 @@ class Bench:
     async def stop_run(self, index: int) -> None:
         self._runs[index].cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait_for(self._runs[index], 10)
+            await asyncio.wait_for(self._runs[index], 30)
 
     def settings(self, module: str | None = None, **changes: Any) -> IotHubSettings:
         settings = IotHubSettings(
@@ -286,7 +286,7 @@ async def test_a_lost_patch_is_found_by_the_watchdog(bench: Bench) -> None:
 
 
 async def test_a_lost_answer_ends_the_connection(bench: Bench) -> None:
-    transport = await bench.connected(request_timeout=0.5)
+    transport = await bench.connected(request_timeout=2.0)
     bench.hub.faults.lose_twin_answers = 1
     with pytest.raises(TransportUnavailable, match="no answer"):
         await transport.report({"a": 1})

@@ -73,8 +73,8 @@ async def test_the_sdk_from_the_edge_environment(
         connection_retry=False,
     )
     try:
-        await asyncio.wait_for(client.connect(), 10)
-        twin = await asyncio.wait_for(client.get_twin(), 10)
+        await asyncio.wait_for(client.connect(), 30)
+        twin = await asyncio.wait_for(client.get_twin(), 30)
         assert twin["desired"] == {"$version": 1}
         assert edge.hub.core.connected(ClientId("d1", "scoring"))
     finally:
@@ -198,7 +198,7 @@ async def test_certificates_for_modules(edge: Edge, tmp_path: Path) -> None:
             reader, writer = await asyncio.open_connection(
                 "127.0.0.1", port, ssl=contexts["client"], server_hostname=name
             )
-            assert await asyncio.wait_for(reader.read(), 5) == b"hello"
+            assert await asyncio.wait_for(reader.read(), 30) == b"hello"
             writer.close()
     finally:
         server.close()

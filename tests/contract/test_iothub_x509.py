@@ -80,7 +80,7 @@ class Bench:
             )
             connect = Connect("d1", username=f"{HOST}/d1/?api-version=2019-10-01")
             writer.write(encode(connect, connect.version))
-            data = await asyncio.wait_for(reader.read(100), 10)
+            data = await asyncio.wait_for(reader.read(100), 30)
             writer.close()
         except (ConnectionError, ssl.SSLError):
             return -1

@@ -79,11 +79,11 @@ def test_findings_come_in_order_and_a_check_that_hangs_is_an_error() -> None:
 
     checks = [Check("a", hang), Check("b", lambda: ok("fine")), Check("c", fail)]
     started = time.monotonic()
-    a, b, c = run_checks(checks, 0.2)
+    a, b, c = run_checks(checks, 1.0)
     never.set()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert (a.level, b.level, c.level) == ("error", "ok", "error")
-    assert "0.2 s" in a.message
+    assert "1 s" in a.message
     assert c.message == "no such device"
     about = summary([a, b, c])
     assert (about["ok"], about["warnings"], about["errors"]) == (1, 0, 2)

@@ -128,7 +128,7 @@ async def test_proxy_stops_with_open_tunnels() -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
     writer.write(b"CONNECT hub:1 HTTP/1.1\r\n\r\n")
     await reader.readuntil(b"\r\n\r\n")
-    await asyncio.wait_for(proxy.stop(), 5)
+    await asyncio.wait_for(proxy.stop(), 30)
     assert await reader.read() == b""
     writer.close()
     server.close()

@@ -169,7 +169,7 @@ async def test_following_goes_on_over_rotations_without_loss(tmp_path: Path) -> 
 
     task = asyncio.ensure_future(follow())
     try:
-        await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.wait_for(arrived.wait(), 30)
         # Once per turn of the follower at most: a file that is rotated away twice between two
         # looks is not followed.
         for start in range(1, 801, 200):
@@ -178,7 +178,7 @@ async def test_following_goes_on_over_rotations_without_loss(tmp_path: Path) -> 
                 logger.info("line %d", number)
             while len(seen) < before + 200:
                 arrived.clear()
-                await asyncio.wait_for(arrived.wait(), 10)
+                await asyncio.wait_for(arrived.wait(), 30)
         assert seen == list(range(801))
         assert len(list(tmp_path.iterdir())) > 2
     finally:

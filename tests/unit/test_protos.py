@@ -126,8 +126,8 @@ def test_handlers_and_stub_meet(tmp_path: Path) -> None:
     try:
         with grpc.insecure_channel(address) as channel:
             stub = services.AgentStub(channel)
-            assert stub.apply(control.ApplyRequest(manifest=b"ok"), timeout=5).description == "ok"
-            answers = stub.watch(control.AgentStatusRequest(), timeout=5)
+            assert stub.apply(control.ApplyRequest(manifest=b"ok"), timeout=30).description == "ok"
+            answers = stub.watch(control.AgentStatusRequest(), timeout=30)
             assert [answer.json for answer in answers] == [b"0", b"1", b"2"]
     finally:
         server.stop(None).wait()
@@ -142,8 +142,8 @@ async def test_the_same_handlers_serve_an_asyncio_stub(tmp_path: Path) -> None:
     try:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = services.AsyncAgentStub(channel)
-            assert (await stub.apply(control.ApplyRequest(manifest=b"ok"), timeout=5)).code == 200
-            seen = [a.json async for a in stub.watch(control.AgentStatusRequest(), timeout=5)]
+            assert (await stub.apply(control.ApplyRequest(manifest=b"ok"), timeout=30)).code == 200
+            seen = [a.json async for a in stub.watch(control.AgentStatusRequest(), timeout=30)]
             assert seen == [b"0", b"1", b"2"]
     finally:
         server.stop(None).wait()

@@ -210,7 +210,7 @@ class Device:
                 self.reconciler.wake()
                 await self._published.wait()
 
-        await asyncio.wait_for(wait(), 10)
+        await asyncio.wait_for(wait(), 30)
 
     def phase(self) -> str:
         latest = self.store.latest()
