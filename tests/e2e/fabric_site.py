@@ -94,7 +94,7 @@ class Site:
         assert process.stdout is not None
         process.send_signal(number)
         try:
-            return process.wait(10)
+            return process.wait(30)
         finally:
             process.kill()
             process.wait()

@@ -111,11 +111,11 @@ def test_killed_in_mid_stream_it_fails_at_once_and_heals_by_itself(running: Site
     streams = [threading.Thread(target=stream) for _ in range(3)]
     for thread in streams:
         thread.start()
-    assert answered.wait(10)
+    assert answered.wait(15)
     killed = time.monotonic()
     running.end(signal.SIGKILL)
     for thread in streams:
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
     assert len(failures) == 3
     for moment, error in failures:
@@ -149,13 +149,13 @@ def test_a_fabric_that_is_not_running_yet_is_no_reason_not_to_load(site: Site) -
 
 
 def test_a_hang_costs_one_deadline_and_no_more(site: Site) -> None:
-    site.start(hang_after=3)
+    site.start(hang_after=5)
     session = site.load(1)
     write_fault(site.faults, Fault("hang", times=1))
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         session.run({"x": batch(1)}, deadline=started + 0.5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4
     site.check(session, 1)
     status = site.status()
     assert status["hangs"] == 1

@@ -207,15 +207,15 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_without_the_fabric(site
     site.start(hang_after=20)
     session = site.load(1)
     before = site.status()["transfers"]
-    write_fault(site.faults, Fault("slow", seconds=3, times=1))
+    write_fault(site.faults, Fault("slow", seconds=5, times=1))
     slow = threading.Thread(target=site.check, args=(session, 1))
     slow.start()
     until(lambda: site.status()["requests"] == 2)
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         session.run({"x": batch(1)}, deadline=started + 0.5)
-    assert time.monotonic() - started < 2
-    slow.join(10)
+    assert time.monotonic() - started < 4
+    slow.join(30)
     until(lambda: site.status()["expired"] == 1)
     assert site.status()["transfers"] == before + 1
     site.check(session, 1)
