@@ -6,7 +6,6 @@ package.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,8 +225,3 @@ def batch_for(ports: tuple[Port, ...], most: int = 1024) -> int:
     """Items per transfer so that no buffer exceeds the budget."""
     widest = max((port.wire.item_bytes for port in ports), default=1)
     return max(1, min(most, BUFFER_BUDGET // max(1, widest)))
-
-
-def items_of(spec: TensorSpec) -> int:
-    """Values per item of a tensor whose first size is free."""
-    return math.prod(spec.shape[1:])

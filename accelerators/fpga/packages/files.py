@@ -17,7 +17,6 @@ WEIGHTS_LIMIT = 64 << 20
 TEXT_LIMIT = 4 << 20
 _ENTRY_LIMIT = 4096
 _DEPTH_LIMIT = 4
-_JSON_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded depth. Raises LoadError."""
+    """A JSON object. Raises LoadError, for one nested too deeply as well."""
     text = read_text(path)
     try:
         document = json.loads(text)
