@@ -195,7 +195,6 @@ async def fleet(
 ONE, TWO = ("1", 2.0), ("2", 3.0)
 
 
-@pytest.mark.timeout(120)
 async def test_split_mirror_canary_and_swap_under_load(fleet: Fleet) -> None:
     with Load(fleet.device.grpc_address).running() as load:
         assert set(await load.more(100)) == {ONE}
@@ -245,7 +244,6 @@ async def test_split_mirror_canary_and_swap_under_load(fleet: Fleet) -> None:
     assert set(load.answers) == {ONE, TWO}
 
 
-@pytest.mark.timeout(120)
 async def test_a_slow_canary_is_rolled_back_for_good(fleet: Fleet) -> None:
     canary = {"CANARY": "25,100", "CANARY_STEP_S": "600", "CANARY_MIN_REQUESTS": "40"}
     with Load(fleet.device.grpc_address).running() as load:

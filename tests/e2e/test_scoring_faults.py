@@ -9,6 +9,7 @@ import asyncio
 import gzip
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -288,7 +289,8 @@ async def test_1000_parallel_http_requests(process: ScoringProcess) -> None:
             writer.write(head("Connection: close", length=len(BODY)) + BODY)
             answer = await reader.read()
             if b" 503 " in answer[:20]:
-                assert b"Retry-After: 1" in answer
+                # In whole seconds; how long the queue takes is this machine's matter.
+                assert re.search(rb"\r\nRetry-After: [1-9][0-9]*\r\n", answer)
             return answer[9:12].decode() or "closed"
         except ConnectionError:
             return "closed"
