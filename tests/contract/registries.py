@@ -184,7 +184,7 @@ def store(tmp_path):
 
 
 def connect(registry, **settings):
-    settings = {"read_timeout": 5.0, "connect_timeout": 5.0, **settings}
+    settings = {"read_timeout": 20.0, "connect_timeout": 20.0, **settings}
     return RegistryClient(
         RegistrySettings(registry.address, **settings), sleep=lambda seconds: None
     )
