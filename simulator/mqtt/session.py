@@ -102,7 +102,6 @@ class Session:
         self.owner: str | None = None
         self.expiry_interval: float = 0
         self.subscriptions: dict[str, Subscription] = {}
-        self.subscription_identifiers: dict[str, int] = {}
         self.received: set[int] = set()
         self.dropped = 0
         self._journal = journal
