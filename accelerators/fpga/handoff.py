@@ -133,7 +133,8 @@ def read_hardware(path: Path) -> Hardware:
     parser.EndElementHandler = reader.end
     try:
         parser.Parse(raw, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError, ValueError) as error:
+        # The latter two for an encoding that Python does not know, or has no table for.
         raise LoadError(f"{path}: not valid XML ({error})") from error
     return reader.hardware()
 

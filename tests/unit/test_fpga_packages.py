@@ -215,6 +215,8 @@ def test_checks_are_pure_over_what_was_found(tmp_path: Path) -> None:
 
 HOSTILE = {
     "entities": '<!DOCTYPE a [<!ENTITY x "xxxx"><!ENTITY y "&x;&x;">]><a>&y;</a>',
+    "unknown encoding": '<?xml version="1.0" encoding="nope"?><a/>',
+    "wide encoding": '<?xml version="1.0" encoding="big5"?><a/>',
     "external": '<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>',
     "deep": "<a>" * 5000 + "</a>" * 5000,
     "cut": "<EDKSYSTEM><MODULES>",
