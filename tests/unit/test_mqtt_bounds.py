@@ -101,6 +101,8 @@ async def test_time_to_connect_is_not_prolonged_by_dribbling() -> None:
             try:
                 assert not await asyncio.wait_for(one.reader.read(1), 0.05)
                 break
+            except ConnectionResetError:
+                break  # a byte met the end of the connection
             except asyncio.TimeoutError:
                 assert time.monotonic() - started < 20, "a byte now and then is no CONNECT"
 
