@@ -25,6 +25,8 @@ from gatelet.simulator.pki import Pki
 
 # What the contract tests share are modules next to them.
 sys.path.insert(0, str(Path(__file__).parent))
+# An assertion that fails there says with what values, too.
+pytest.register_assert_rewrite("engine_benches", "mqtt_agent", "paho_peer", "small_models")
 
 HOST = "hub.gatelet.test"
 
