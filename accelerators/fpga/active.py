@@ -11,9 +11,8 @@ import numpy as np
 from ..errors import LoadError
 from .handoff import Hardware
 from .package import DmaStream, Package, RtlStream, StartedCores, Transport
-from .transports import Engine, Slot, Workplace, open_engine
+from .transports import PROGRAM_PACKET, Engine, Slot, Workplace, open_engine
 
-_PROGRAM_PACKET = 1 << 13
 _ANY = 64
 
 
@@ -56,7 +55,7 @@ def arrange(
     ports = (*package.inputs, *package.outputs)
     widest = max(port.wire.item_bytes for port in ports)
     chunk = max(1, min(package.max_batch, limit // widest))
-    least = _PROGRAM_PACKET if isinstance(package.transport, RtlStream) else 0
+    least = PROGRAM_PACKET if isinstance(package.transport, RtlStream) else 0
     try:
         sends, receives = (
             tuple(

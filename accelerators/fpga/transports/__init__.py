@@ -21,6 +21,8 @@ from .registers import Registers
 
 REGISTER_SECONDS = 0.1
 """How long a core may take to follow a write to its control register."""
+PROGRAM_PACKET = 1 << 13
+"""Bytes of one packet of a program for gatelet's core, which go through its first buffer."""
 
 
 class Engine(Protocol):

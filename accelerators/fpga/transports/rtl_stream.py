@@ -9,11 +9,10 @@ from ...rtl.core import CoreDriver
 from ...rtl.package import read_program
 from ..package import RtlStream
 from ..protocol import FabricSick
-from . import Workplace
+from . import PROGRAM_PACKET, Workplace
 from .axi_dma import AxiDmaEngine
 from .registers import Registers
 
-_PACKET_LIMIT = 1 << 13
 _PACKET_SECONDS = 0.5
 
 
@@ -77,7 +76,7 @@ class RtlStreamEngine(AxiDmaEngine):
                 f"{self._transport.program}: takes and gives {program.in_bytes} and "
                 f"{program.out_bytes} bytes per item, overlay.json says {sizes[0]} and {sizes[1]}"
             )
-        limit = min(self._place.hardware.dma_limit(self._transport.dma), _PACKET_LIMIT)
+        limit = min(self._place.hardware.dma_limit(self._transport.dma), PROGRAM_PACKET)
         try:
             self._core = CoreDriver(self._port)
             self._core.load(program, min(limit, self._place.sends[0].buffer.nbytes))
