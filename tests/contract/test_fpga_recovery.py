@@ -163,7 +163,9 @@ def test_a_hang_in_the_middle_of_a_batch_is_answered_by_the_cpu_in_time(
 
         good = fpga.requests - fpga.failures
         until(back)
-        assert time.monotonic() - reset < 15
+        took = time.monotonic() - reset
+        print(f"{kind}: the fabric was back {took:.2f} s after its reset")
+        assert took < 15
         assert board.server.status()["reconfigurations"] == 2
     instance.close(5)
 
