@@ -118,6 +118,7 @@ class HubConnection:
         self._loop = asyncio.get_running_loop()
         self._client: Any = None
         self._announced = False
+        self._connecting = False
         self._shut_down = False
         self._calls: set[asyncio.Future[Any]] = set()
         self.lost: asyncio.Future[str] = self._loop.create_future()
@@ -141,6 +142,7 @@ class HubConnection:
         client = self._client
         # The setters subscribe and block until the hub has answered.
         await self._set("on_connection_state_change", self._state_handler())
+        self._connecting = True
         try:
             await self._call(client.connect(), timeout)
         except Refused:
@@ -149,6 +151,10 @@ class HubConnection:
         except TransportUnavailable:
             self._resolver.unreachable()
             raise
+        finally:
+            self._connecting = False
+        if not client.connected:
+            self._state_changed(False)
         self._resolver.connected()
         settings.logged_in(login)
         await self._set("on_twin_desired_properties_patch_received", self._patch_handler())
@@ -302,7 +308,7 @@ class HubConnection:
     def _state_changed(self, connected: bool) -> None:
         if connected and not self._announced:
             self._announced = True
-        else:
+        elif not self._connecting:  # else connect() ends as well, and knows why
             # Also when it is up again (a renewed token): the session may be another one.
             self.end("the connection to the IoT Hub was lost")
 
