@@ -86,7 +86,8 @@ def test_a_link_that_loses_messages_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def outage(folder: Path, limits: Limits, hours: float) -> tuple[dict[str, int], Ledger, Life, int]:
-    """A link that is down for `hours` of virtual time while a message comes every two minutes.
+    """A link that is down for `hours` of virtual time while a message comes every two minutes:
+    `run` moves the clock, so that no sleep below takes any time.
 
     Returns what was promised, what the hub got, the stopped agent, and the most bytes on disk.
     """

@@ -9,8 +9,8 @@ import time
 import uuid
 
 import pytest
+from distribution_server import PASSWORD, USER
 from docker.errors import APIError
-from engine_fixture import PASSWORD, USER
 from gatelet.agent.module_spec import ModuleSpec
 from gatelet.agent.runtime.container import LogFilter
 from gatelet.agent.runtime.create_body import CreateFacts, create_body

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import queue
-import re
 import ssl
-import subprocess
 import threading
 
 import pytest
-from engine_fixture import HTPASSWD, PASSWORD, USER
+from distribution_server import PASSWORD, USER, DistributionServer
 from gatelet.modules.oci.build import build_model_image
 from gatelet.modules.oci.client import RegistryClient, RegistrySettings
 from gatelet.modules.oci.layout import open_layout
@@ -21,7 +17,6 @@ from gatelet.modules.oci.push import push_image
 from gatelet.modules.oci.reference import ImageRef
 from gatelet.modules.oci.store import ContentStore
 from gatelet.simulator.registry import Registry
-from required import program
 
 WEIGHTS = bytes(range(256)) * 4096
 OVERLAY = b"bitstream" * 50_000
@@ -72,64 +67,13 @@ class Simulated:
         self.loop.close()
 
 
-class Distribution:
+class Distribution(DistributionServer):
     def __init__(self, root, auth=False, tls=None):
-        root.mkdir(parents=True, exist_ok=True)
-        self.root, self.port, self.saved = root, 0, {}
-        self.extra = {}
-        if auth:
-            (root / "htpasswd").write_text(HTPASSWD)
-            self.extra["auth"] = {"htpasswd": {"realm": "r", "path": str(root / "htpasswd")}}
-        self.tls = {} if tls is None else {"certificate": str(tls[0]), "key": str(tls[1])}
-        self.start()
-
-    def start(self):
-        config = {
-            "version": "0.1",
-            "storage": {"filesystem": {"rootdirectory": str(self.root / "data")}},
-            "http": {"addr": f"127.0.0.1:{self.port}", **({"tls": self.tls} if self.tls else {})},
-            **self.extra,
-        }
-        # JSON is YAML too.
-        (self.root / "config.yml").write_text(json.dumps(config))
-        self.process = subprocess.Popen(
-            [program("docker-registry"), "serve", self.root / "config.yml"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={"PATH": os.environ["PATH"], "OTEL_TRACES_EXPORTER": "none"},
-        )
-        lines = queue.Queue()
-
-        def read(stream):
-            for line in stream:
-                lines.put(line)
-            lines.put(None)
-
-        self.reader = threading.Thread(target=read, args=(self.process.stderr,))
-        self.reader.start()
-        said = []
-        while (line := lines.get(timeout=20)) is not None:
-            said.append(line)
-            if match := re.search(r"listening on 127\.0\.0\.1:(\d+)", line):
-                self.port = int(match[1])
-                self.address = f"127.0.0.1:{self.port}"
-                return
-        raise AssertionError("".join(said))
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(10)
-        self.reader.join(10)
-        self.process.stderr.close()
-
-    def data(self, digest):
-        return (
-            self.root / "data/docker/registry/v2/blobs/sha256" / digest[7:9] / digest[7:] / "data"
-        )
+        self.saved = {}
+        super().__init__(root, login=auth, tls=tls)
 
     def write(self, digest, change):
-        path = self.data(digest)
+        path = self.blob_file(digest)
         raw = self.saved.setdefault(path, path.read_bytes())
         path.write_bytes(change(raw))
 
@@ -152,8 +96,6 @@ KINDS = {"simulated": Simulated, "distribution": Distribution}
 
 @pytest.fixture(params=KINDS)
 def serve(request, tmp_path):
-    if request.param == "distribution":
-        program("docker-registry")
     running = []
 
     def serve(**options):

@@ -9,11 +9,11 @@ import os
 import uuid
 
 import pytest
+from distribution_server import PASSWORD, USER
 from engine_benches import NOBODY, SECONDS, spec_of, unique, view
 from engine_benches import bench as bench
 from engine_benches import real as real
 from engine_benches import runtime as runtime
-from engine_fixture import PASSWORD, USER
 from gatelet.agent.runtime.container import RuntimeFailed
 from gatelet.modules.oci.client import RegistryClient
 from gatelet.modules.oci.reference import ImageRef

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric import ec
+from distribution_server import DistributionServer
 from gatelet.agent.clock import SystemClock
 from gatelet.agent.config import ConfigError, TrustConfig, TrustImagesConfig, TrustKeyConfig
 from gatelet.agent.image_trust import ImageTrust
@@ -40,7 +38,6 @@ from gatelet.modules.oci.reference import ImageRef
 from gatelet.modules.oci.signatures import signature_tag
 from gatelet.modules.oci.store import ContentStore
 from gatelet.simulator.registry import Registry
-from required import program
 
 MODEL = {
     "name": "digits",
@@ -80,34 +77,13 @@ def simulated(folder: Path) -> Iterator[Served]:
 
 @contextmanager
 def distribution(folder: Path) -> Iterator[Served]:
-    binary = program("docker-registry")
-    config = {
-        "version": "0.1",
-        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
-        "http": {"addr": "127.0.0.1:0"},
-    }
-    (folder / "config.yml").write_text(json.dumps(config))  # JSON is YAML too
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [binary, "serve", str(folder / "config.yml")],
-            stdout=log,
-            stderr=log,
-            env={"PATH": os.environ["PATH"], "OTEL_TRACES_EXPORTER": "none"},
-        )
+    server = DistributionServer(folder)
     try:
-        deadline = time.monotonic() + 20
-        while not (found := LISTENING.search((folder / "log").read_text())):
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(0.02)
-                pytest.fail((folder / "log").read_text())
-        yield Served(found[1])
+        yield Served(server.address)
     finally:
-        process.terminate()
-        process.wait(10)
+        server.stop()
 
 
-LISTENING = re.compile(r"listening on (127\.0\.0\.1:\d+)")
 KINDS = {"simulated": simulated, "distribution": distribution}
 
 

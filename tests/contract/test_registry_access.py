@@ -7,7 +7,7 @@ import ipaddress
 import json
 
 import pytest
-from engine_fixture import PASSWORD, USER
+from distribution_server import PASSWORD, USER
 from gatelet.agent.main import main
 from gatelet.modules.errors import InvalidImage, RegistryUnavailable, Unauthorized
 from gatelet.modules.oci.client import RegistrySettings
